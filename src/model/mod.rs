@@ -1,0 +1,7 @@
+//! What a split must know of a model: [`ModelShape`] from configurations and headers, never from weights.
+
+mod shape;
+mod tensor;
+
+pub use shape::{Dimensions, Layer, Mixer, Mlp, ModelShape, Quantization, Source, Unsplittable};
+pub use tensor::{CutAlong, Part, RawTensor, Role, Tensor};

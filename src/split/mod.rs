@@ -1,0 +1,25 @@
+//! Arithmetic only: no device, no file.
+pub mod activations;
+mod intervals;
+mod options;
+mod plan;
+
+pub use intervals::{Share, Split};
+pub use options::{
+    CacheType, Context, ExpertSplit, ExplicitShares, GIB, MIB, Options, RankBudget, Strategy,
+};
+pub use plan::{Item, PLAN_VERSION, Plan, PlannedModel, RankPlan, Shortfall, Splits};
+
+impl std::fmt::Display for Shortfall {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "the model does not fit: rank {} ({}) is short of {} MiB, all ranks together of {} MiB; {}",
+            self.rank,
+            self.device,
+            self.missing.div_ceil(MIB),
+            self.missing_total.div_ceil(MIB),
+            self.advice
+        )
+    }
+}
