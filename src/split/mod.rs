@@ -1,10 +1,17 @@
 //! Arithmetic only: no device, no file.
 pub mod activations;
+mod apportion;
+pub mod balance;
 mod intervals;
+mod memory;
 mod options;
 mod plan;
+pub mod reference;
+pub mod workload;
 
+pub use apportion::integer_split;
 pub use intervals::{Share, Split};
+pub use memory::account;
 pub use options::{
     CacheType, Context, ExpertSplit, ExplicitShares, GIB, MIB, Options, RankBudget, Strategy,
 };

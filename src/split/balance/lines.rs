@@ -1,0 +1,354 @@
+//! MLP and vocabulary for heads that are decided: the least sum of their two times, in whole steps.
+
+use super::bounds::{Conditions, Times};
+use super::problem::{Line, Problem};
+
+/// Times are equal if they differ by less than this part of them.
+pub(super) const SAME: f64 = 1e-12;
+
+/// Steps that a rank can do in `time`.
+#[allow(clippy::cast_possible_truncation)]
+pub(super) fn steps_within(time: f64, line: &Line, speed: f64) -> i64 {
+    if line.read <= 0.0 || time == f64::INFINITY {
+        return i64::MAX;
+    }
+    (time * speed / line.read * (1.0 + SAME) + 1e-9).floor() as i64
+}
+
+pub(super) fn longest(steps: &[i64], line: &Line, problem: &Problem) -> f64 {
+    steps.iter().zip(&problem.ranks).map(|(n, rank)| *n as f64 * line.read / rank.speed).fold(0.0, f64::max)
+}
+
+/// Steps of MLP and vocabulary, a number a rank.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Steps {
+    pub(super) mlp: Vec<i64>,
+    pub(super) vocabulary: Vec<i64>,
+}
+
+/// What a rank has left once its heads are paid.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    /// Bytes while attention runs: its activations are alive.
+    attention_phase: i64,
+    /// Bytes while the MLP runs.
+    mlp_phase: i64,
+}
+
+/// The problem that is left once every rank's heads are decided.
+pub(super) struct Lines<'a> {
+    problem: &'a Problem,
+    rooms: Vec<Room>,
+    /// Cells that exact tables may still fill before only the quick answers are used.
+    pub(super) table_cells: u64,
+}
+
+impl<'a> Lines<'a> {
+    pub(super) fn new(problem: &'a Problem, heads: &[usize], table_cells: u64) -> Self {
+        let attention = &problem.attention;
+        let rooms = problem
+            .ranks
+            .iter()
+            .zip(heads)
+            .map(|(rank, &x)| {
+                if rank.capacity < 0 {
+                    return Room { attention_phase: 0, mlp_phase: 0 };
+                }
+                let mlp_phase = rank.capacity - attention.bytes.get(x).copied().unwrap_or(i64::MAX / 64);
+                let alive = attention.activation.saturating_mul(i64::try_from(x).unwrap_or(i64::MAX));
+                Room { attention_phase: mlp_phase.saturating_sub(alive), mlp_phase }
+            })
+            .collect();
+        Self { problem, rooms, table_cells }
+    }
+
+    /// The least times below `limit` (their sum), given lower bounds of them.
+    pub(super) fn minimise(
+        &mut self,
+        conditions: &Conditions,
+        floor: Times,
+        limit: f64,
+    ) -> Option<(Times, Steps)> {
+        let problem = self.problem;
+        let line = &problem.mlp;
+        let head_from = |mlp: f64| conditions.head_at(mlp).max(floor.head);
+        let mut best: Option<(Times, Steps)> = None;
+        let mut below = limit;
+        let least_mlp = conditions.mlp.max(floor.mlp);
+        let corner = conditions.best(floor).mlp.max(least_mlp);
+        // The bound `mlp + head_from(mlp)` falls up to the corner and grows after it.
+        let first = self.candidate_from(corner * (1.0 - SAME));
+        let mut upward = first;
+        while let Some(mlp) = upward {
+            if mlp + head_from(mlp) >= below * (1.0 - SAME) {
+                break;
+            }
+            if let Some((head, steps)) = self.least_head(mlp, head_from(mlp), below - mlp) {
+                below = mlp + head;
+                best = Some((Times { mlp, head }, steps));
+            }
+            upward = self.candidate_after(mlp);
+        }
+        let mut downward = first.and_then(|first| self.candidate_before(first));
+        while let Some(mlp) = downward {
+            if mlp < least_mlp * (1.0 - SAME) || mlp + head_from(mlp) >= below * (1.0 - SAME) {
+                break;
+            }
+            if let Some((head, steps)) = self.least_head(mlp, head_from(mlp), below - mlp) {
+                below = mlp + head;
+                best = Some((Times { mlp, head }, steps));
+            }
+            downward = self.candidate_before(mlp);
+        }
+        best.map(|(_, steps)| {
+            let times = Times {
+                mlp: longest(&steps.mlp, line, problem),
+                head: longest(&steps.vocabulary, &problem.vocabulary, problem),
+            };
+            (times, steps)
+        })
+    }
+
+    /// The least time at or after `time` at which some rank finishes a step.
+    fn candidate_from(&self, time: f64) -> Option<f64> {
+        let line = &self.problem.mlp;
+        if line.units == 0 {
+            return (time <= SAME).then_some(0.0);
+        }
+        self.best_candidate(|rank| {
+            let steps = (time * rank / line.read - 1e-9).ceil().max(1.0);
+            (steps <= line.units as f64).then_some(steps * line.read / rank)
+        })
+    }
+
+    fn candidate_after(&self, time: f64) -> Option<f64> {
+        let line = &self.problem.mlp;
+        if line.units == 0 {
+            return None;
+        }
+        self.best_candidate(|speed| {
+            let steps = steps_within(time, line, speed).saturating_add(1);
+            (steps <= line.units).then_some(steps as f64 * line.read / speed)
+        })
+    }
+
+    fn candidate_before(&self, time: f64) -> Option<f64> {
+        let line = &self.problem.mlp;
+        let ranks = self.problem.ranks.iter().filter(|rank| rank.capacity >= 0);
+        ranks
+            .filter_map(|rank| {
+                let steps = (time * rank.speed / line.read - 1e-9).ceil() - 1.0;
+                (steps >= 1.0).then_some(steps.min(line.units as f64) * line.read / rank.speed)
+            })
+            .filter(|candidate| *candidate < time * (1.0 - SAME))
+            .reduce(f64::max)
+    }
+
+    fn best_candidate(&self, of: impl Fn(f64) -> Option<f64>) -> Option<f64> {
+        let ranks = self.problem.ranks.iter().filter(|rank| rank.capacity >= 0);
+        ranks.filter_map(|rank| of(rank.speed)).reduce(f64::min)
+    }
+
+    /// The least head time between `from` and `below` with which everything fits, for this MLP time.
+    fn least_head(&mut self, mlp: f64, from: f64, below: f64) -> Option<(f64, Steps)> {
+        let problem = self.problem;
+        let line = &problem.vocabulary;
+        let mlp_caps = self.caps(mlp, &problem.mlp);
+        let mut steps = self.fit(&mlp_caps, &self.caps(below * (1.0 - 2.0 * SAME), line))?;
+        let mut high = longest(&steps.vocabulary, line, problem);
+        let mut low = from;
+        while low < high * (1.0 - SAME) {
+            let middle = low.midpoint(high);
+            let caps = self.caps(middle, line);
+            if let Some(better) = self.fit(&mlp_caps, &caps) {
+                high = longest(&better.vocabulary, line, problem).min(middle);
+                steps = better;
+            } else {
+                // Nothing changes before the next rank finishes a step.
+                let next = caps.iter().zip(&problem.ranks).zip(&line.limits).filter(|((cap, _), limit)| cap < limit);
+                let next = next.map(|((cap, rank), _)| (cap + 1) as f64 * line.read / rank.speed);
+                low = next.reduce(f64::min)?.max(middle * (1.0 + SAME));
+            }
+        }
+        Some((high, steps))
+    }
+
+    fn caps(&self, time: f64, line: &Line) -> Vec<i64> {
+        let ranks = self.problem.ranks.iter().zip(&line.limits);
+        ranks.map(|(rank, limit)| steps_within(time, line, rank.speed).min(*limit).max(0)).collect()
+    }
+
+    /// Most MLP steps of a rank under `cap`, with no vocabulary.
+    fn most_mlp(&self, rank: usize, cap: i64) -> i64 {
+        let Room { attention_phase, mlp_phase } = self.rooms[rank];
+        if attention_phase < 0 || mlp_phase < 0 {
+            return -1;
+        }
+        let (bytes, active) = (self.problem.mlp.bytes, self.problem.mlp.bytes + self.problem.mlp_activation);
+        let within = |room: i64, bytes: i64| if bytes > 0 { room / bytes } else { i64::MAX };
+        cap.min(within(attention_phase, bytes)).min(within(mlp_phase, active))
+    }
+
+    /// Most vocabulary steps beside `mlp` MLP steps; negative where these alone are too many.
+    fn most_vocabulary(&self, rank: usize, mlp: i64, cap: i64) -> i64 {
+        let Room { attention_phase, mlp_phase } = self.rooms[rank];
+        let bytes = self.problem.mlp.bytes;
+        let left = (attention_phase - bytes * mlp)
+            .min(mlp_phase - (bytes + self.problem.mlp_activation) * mlp);
+        if left < 0 {
+            return -1;
+        }
+        let step = self.problem.vocabulary.bytes;
+        if step > 0 { cap.min(left / step) } else { cap }
+    }
+
+    /// Whether a rank can hold these steps beside its heads.
+    pub(super) fn holds(&self, rank: usize, mlp: i64, vocabulary: i64) -> bool {
+        self.rooms[rank].attention_phase >= 0 && self.most_vocabulary(rank, mlp, i64::MAX) >= vocabulary
+    }
+
+    /// Most MLP steps of every rank under these caps.
+    pub(super) fn mlp_limits(&self, caps: &[i64]) -> Vec<i64> {
+        caps.iter().enumerate().map(|(rank, cap)| self.most_mlp(rank, *cap).max(0)).collect()
+    }
+
+    /// Most vocabulary steps of every rank beside these MLP steps; `None` where these do not fit.
+    pub(super) fn vocabulary_limits(&self, mlp: &[i64], caps: &[i64]) -> Option<Vec<i64>> {
+        let most: Vec<i64> =
+            (0..mlp.len()).map(|rank| self.most_vocabulary(rank, mlp[rank], caps[rank])).collect();
+        most.iter().all(|most| *most >= 0).then_some(most)
+    }
+
+    /// Whole steps under these caps that place everything, if there are any.
+    pub(super) fn fit(&mut self, mlp_caps: &[i64], vocabulary_caps: &[i64]) -> Option<Steps> {
+        let problem = self.problem;
+        let usable = |r: usize, cap: i64| if problem.ranks[r].capacity < 0 { 0 } else { cap };
+        let most: Vec<i64> = (0..mlp_caps.len()).map(|r| self.most_mlp(r, usable(r, mlp_caps[r]))).collect();
+        if most.iter().any(|most| *most < 0) || most.iter().sum::<i64>() < problem.mlp.units {
+            return None;
+        }
+        let caps: Vec<i64> = (0..mlp_caps.len()).map(|r| usable(r, vocabulary_caps[r])).collect();
+        let (relaxed, flat) = self.relaxed(&most, &caps);
+        if relaxed < problem.vocabulary.units as f64 * (1.0 - 1e-12) - 1e-6 {
+            return None;
+        }
+        let mlp = self.greedy(&most, &caps, &flat);
+        let placed = |mlp: &[i64]| -> i64 { (0..mlp.len()).map(|r| self.most_vocabulary(r, mlp[r], caps[r])).sum() };
+        let mlp = if placed(&mlp) >= problem.vocabulary.units { mlp } else { self.table(&most, &caps)? };
+        Some(Steps { vocabulary: self.take_vocabulary(&mlp, &caps), mlp })
+    }
+
+    /// Vocabulary as much as fits, rank after rank, until all is placed.
+    fn take_vocabulary(&self, mlp: &[i64], caps: &[i64]) -> Vec<i64> {
+        let mut left = self.problem.vocabulary.units;
+        (0..mlp.len())
+            .map(|r| {
+                let taken = self.most_vocabulary(r, mlp[r], caps[r]).clamp(0, left);
+                left -= taken;
+                taken
+            })
+            .collect()
+    }
+
+    /// The most vocabulary that real amounts of MLP leave room for, and the MLP steps that cost no vocabulary.
+    ///
+    /// What a rank leaves is `min(cap, room₁ - m·i, room₂ - (m+a)·i)`: concave, with the same two slopes on every
+    /// rank, so the best real amounts use up the flat parts first, then the gentle slope, then the steep one.
+    fn relaxed(&self, most: &[i64], caps: &[i64]) -> (f64, Vec<f64>) {
+        let step = self.problem.vocabulary.bytes as f64;
+        let gentle = self.problem.mlp.bytes as f64;
+        let steep = gentle + self.problem.mlp_activation as f64;
+        let (mut vocabulary, mut flat_steps, mut gentle_steps) = (0.0, 0.0, 0.0);
+        let mut flats = Vec::with_capacity(most.len());
+        for (rank, (&most, &cap)) in most.iter().zip(caps).enumerate() {
+            let Room { attention_phase, mlp_phase } = self.rooms[rank];
+            let most = most as f64;
+            if most == 0.0 && cap == 0 {
+                flats.push(0.0);
+                continue;
+            }
+            let (first, second) = (attention_phase as f64, mlp_phase as f64);
+            let wanted = cap as f64 * step;
+            let room = |bytes: f64, slope: f64| if slope > 0.0 { bytes / slope } else { f64::INFINITY };
+            vocabulary += if step > 0.0 { (first.min(second) / step).min(cap as f64) } else { cap as f64 };
+            let flat = room(first - wanted, gentle).min(room(second - wanted, steep)).clamp(0.0, most);
+            let crossing = room(second - first, steep - gentle).clamp(flat, most);
+            flats.push(flat);
+            flat_steps += flat;
+            gentle_steps += crossing - flat;
+        }
+        if step > 0.0 {
+            let rest = (self.problem.mlp.units as f64 - flat_steps).max(0.0);
+            let gently = rest.min(gentle_steps);
+            vocabulary -= (gently * gentle + (rest - gently) * steep) / step;
+        }
+        (vocabulary, flats)
+    }
+
+    /// Whole MLP steps near the relaxation's, each further one where it costs the least vocabulary.
+    #[allow(clippy::cast_possible_truncation)]
+    fn greedy(&self, most: &[i64], caps: &[i64], flats: &[f64]) -> Vec<i64> {
+        let mut left = self.problem.mlp.units;
+        let mut mlp: Vec<i64> = Vec::with_capacity(most.len());
+        for (flat, most) in flats.iter().zip(most) {
+            let taken = (flat.floor() as i64).min(*most).min(left);
+            mlp.push(taken);
+            left -= taken;
+        }
+        let loss = |mlp: &[i64], r: usize, steps: i64| {
+            self.most_vocabulary(r, mlp[r], caps[r]) - self.most_vocabulary(r, mlp[r] + steps, caps[r])
+        };
+        while left > 0 {
+            // Large blocks first: single steps would take as many rounds as the axis has.
+            let block = (left / (4 * most.len() as i64)).max(1);
+            let open = (0..most.len()).filter(|r| mlp[*r] + block <= most[*r]);
+            let cheapest = open.min_by_key(|r| loss(&mlp, *r, block));
+            let Some(rank) = cheapest else {
+                let Some(rank) = (0..most.len()).find(|r| mlp[*r] < most[*r]) else { break };
+                let taken = left.min(most[rank] - mlp[rank]);
+                mlp[rank] += taken;
+                left -= taken;
+                continue;
+            };
+            mlp[rank] += block;
+            left -= block;
+        }
+        mlp
+    }
+
+    /// The exact answer: the most vocabulary for every number of MLP steps placed so far, rank after rank.
+    fn table(&mut self, most: &[i64], caps: &[i64]) -> Option<Vec<i64>> {
+        let units = usize::try_from(self.problem.mlp.units).ok()?;
+        let widest = usize::try_from(most.iter().copied().max()?.min(self.problem.mlp.units)).ok()?;
+        let cells = (most.len() as u64).saturating_mul(units as u64 + 1).saturating_mul(widest as u64 + 1);
+        self.table_cells = self.table_cells.checked_sub(cells)?;
+        let mut reach: Vec<i64> = vec![-1; units + 1];
+        reach[0] = 0;
+        let mut choices: Vec<Vec<usize>> = Vec::with_capacity(most.len());
+        for (rank, (&most, &cap)) in most.iter().zip(caps).enumerate() {
+            let mut next = vec![-1; units + 1];
+            let mut choice = vec![0; units + 1];
+            for (placed, &vocabulary) in reach.iter().enumerate().filter(|(_, reached)| **reached >= 0) {
+                for (taken, slot) in (0..=most).zip(placed..=units) {
+                    let more = vocabulary + self.most_vocabulary(rank, taken, cap).max(0);
+                    if more > next[slot] {
+                        next[slot] = more;
+                        choice[slot] = slot - placed;
+                    }
+                }
+            }
+            reach = next;
+            choices.push(choice);
+        }
+        if reach[units] < self.problem.vocabulary.units {
+            return None;
+        }
+        let mut mlp = vec![0; most.len()];
+        let mut slot = units;
+        for (rank, choice) in choices.iter().enumerate().rev() {
+            mlp[rank] = i64::try_from(choice[slot]).ok()?;
+            slot -= choice[slot];
+        }
+        Some(mlp)
+    }
+}

@@ -1,0 +1,296 @@
+//! The search over heads: branch and bound, rank by rank, with MLP and vocabulary solved for each choice.
+
+use super::bounds::{Conditions, Offer, Times};
+use super::even;
+use super::lines::{Lines, SAME, Steps};
+use super::problem::Problem;
+
+/// Choices that are looked at before the best one found so far is taken. Cases small enough to enumerate stay far
+/// below; on large ones the first choices are within a fraction of a percent of the bound.
+const MOST_NODES: u64 = 6_000;
+/// The same where no split is known yet: a plan that exists must be found.
+const MOST_NODES_WITHOUT_ANSWER: u64 = 1_000_000;
+/// Cells of exact tables, over the whole search.
+const MOST_TABLE_CELLS: u64 = 4_000_000;
+
+/// A split in the solver's units, with its three times.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Found {
+    pub(super) heads: Vec<usize>,
+    pub(super) steps: Steps,
+    pub(super) attention: f64,
+    pub(super) times: Times,
+}
+
+impl Found {
+    pub(super) fn time(&self) -> f64 {
+        self.attention + self.times.sum()
+    }
+}
+
+/// What is looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Goal {
+    /// The least time.
+    Fastest,
+    /// Any split at all.
+    Any,
+}
+
+struct Search<'a> {
+    problem: &'a Problem,
+    goal: Goal,
+    /// Times that no split can be below, memory aside.
+    floor: Times,
+    best: Option<Found>,
+    /// Sum of times that the next split must stay below.
+    below: f64,
+    nodes: u64,
+    table_cells: u64,
+    /// Heads of every rank if memory did not matter, tried first.
+    wanted: Vec<usize>,
+}
+
+/// One level of the allowed attention time.
+struct Level {
+    /// Most heads of every rank.
+    most: Vec<usize>,
+    /// The time.
+    time: f64,
+    /// Choices that stay within this time were looked at before.
+    seen: f64,
+}
+
+/// The best split of `problem`, or `None` if there is none.
+pub(super) fn search(problem: &Problem, goal: Goal, known: Option<Found>) -> Option<Found> {
+    let floor = Times {
+        mlp: even::least_time(&problem.mlp, problem),
+        head: even::least_time(&problem.vocabulary, problem),
+    };
+    let mut search = Search {
+        problem,
+        goal,
+        floor,
+        below: known.as_ref().map_or(f64::INFINITY, Found::time),
+        best: known,
+        nodes: 0,
+        table_cells: MOST_TABLE_CELLS,
+        wanted: even::heads(problem),
+    };
+    match (&problem.attention.fixed, goal) {
+        (Some(fixed), _) => search.try_fixed(fixed),
+        (None, Goal::Any) => search.explore(f64::INFINITY, -1.0),
+        (None, Goal::Fastest) => search.by_levels(),
+    }
+    let mut found = search.best?;
+    even::even_out(problem, &mut found);
+    Some(found)
+}
+
+/// The given shares as a [`Found`], if they are complete and fit.
+pub(super) fn checked(problem: &Problem, heads: &[u64], mlp: &[u64], vocabulary: &[u64]) -> Option<Found> {
+    let heads: Vec<usize> = heads.iter().map(|x| usize::try_from(*x).ok()).collect::<Option<_>>()?;
+    let signed = |steps: &[u64]| -> Option<Vec<i64>> { steps.iter().map(|n| i64::try_from(*n).ok()).collect() };
+    let steps = Steps { mlp: signed(mlp)?, vocabulary: signed(vocabulary)? };
+    let complete = heads.iter().sum::<usize>() == problem.attention.units
+        && steps.mlp.iter().sum::<i64>() == problem.mlp.units
+        && steps.vocabulary.iter().sum::<i64>() == problem.vocabulary.units;
+    if !complete {
+        return None;
+    }
+    let lines = Lines::new(problem, &heads, 0);
+    let idle = |rank: usize| heads[rank] == 0 && steps.mlp[rank] == 0 && steps.vocabulary[rank] == 0;
+    let fits = (0..heads.len()).all(|r| {
+        if problem.ranks[r].capacity < 0 { idle(r) } else { lines.holds(r, steps.mlp[r], steps.vocabulary[r]) }
+    });
+    let attention = even::attention_time(problem, &heads);
+    let times = even::times(problem, &steps);
+    fits.then_some(Found { heads, steps, attention, times })
+}
+
+impl Search<'_> {
+    fn try_fixed(&mut self, heads: &[usize]) {
+        let time = even::attention_time(self.problem, heads);
+        let affordable = |rank: usize, x: usize| x == 0 || x <= self.most_heads(rank, f64::INFINITY);
+        if heads.iter().enumerate().all(|(rank, x)| affordable(rank, *x)) {
+            let offers = self.offers_with(heads);
+            if let Some(conditions) = Conditions::new(self.problem, &offers, 0.0) {
+                self.leaf(heads, time, &conditions);
+            }
+        }
+    }
+
+    /// Goes through the times that attention may take, the most promising first.
+    fn by_levels(&mut self) {
+        let mut levels: Vec<(f64, f64)> = self
+            .attention_times()
+            .into_iter()
+            .filter_map(|time| self.bound_of_level(time).map(|bound| (bound, time)))
+            .collect();
+        levels.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
+        let mut explored: Vec<f64> = Vec::new();
+        for (bound, time) in levels {
+            if bound >= self.below * (1.0 - SAME) {
+                break;
+            }
+            let seen = explored.iter().copied().filter(|other| *other < time).fold(-1.0, f64::max);
+            self.explore(time, seen);
+            explored.push(time);
+        }
+    }
+
+    /// Every time at which some rank may finish its heads, ascending.
+    fn attention_times(&self) -> Vec<f64> {
+        let mut times: Vec<f64> = Vec::new();
+        for (index, rank) in self.problem.ranks.iter().enumerate() {
+            for x in 0..=self.most_heads(index, f64::INFINITY) {
+                times.push(self.problem.attention.read[x] / rank.speed);
+            }
+        }
+        times.sort_by(f64::total_cmp);
+        times.dedup_by(|a, b| *a - *b <= SAME * *a);
+        times
+    }
+
+    fn bound_of_level(&self, time: f64) -> Option<f64> {
+        let most: Vec<usize> = (0..self.problem.ranks.len()).map(|r| self.most_heads(r, time)).collect();
+        if most.iter().sum::<usize>() < self.problem.attention.units {
+            return None;
+        }
+        let conditions = Conditions::new(self.problem, &self.offers(&most), self.attention_bytes(0))?;
+        Some(time + conditions.best(self.floor).sum())
+    }
+
+    /// Most heads that a rank can hold and read within `time`.
+    fn most_heads(&self, rank: usize, time: f64) -> usize {
+        let attention = &self.problem.attention;
+        let limit = &self.problem.ranks[rank];
+        let fits = |x: &usize| {
+            let alive = attention.activation.saturating_mul(i64::try_from(*x).unwrap_or(i64::MAX));
+            attention.bytes[*x].saturating_add(alive) <= limit.capacity
+                && attention.read[*x] <= time * limit.speed * (1.0 + SAME)
+        };
+        (1..=attention.units).rev().find(fits).unwrap_or(0)
+    }
+
+    fn attention_bytes(&self, placed: usize) -> f64 {
+        (self.problem.attention.units - placed) as f64 * self.problem.attention.bytes_per_unit
+    }
+
+    fn offers(&self, most: &[usize]) -> Vec<Offer> {
+        let per_unit = self.problem.attention.bytes_per_unit;
+        let ranks = self.problem.ranks.iter().zip(most);
+        ranks
+            .map(|(rank, most)| Offer {
+                room: rank.capacity.max(0) as f64,
+                attention: (*most as f64 * per_unit).min(rank.capacity.max(0) as f64),
+            })
+            .collect()
+    }
+
+    fn offers_with(&self, heads: &[usize]) -> Vec<Offer> {
+        let ranks = self.problem.ranks.iter().zip(heads);
+        ranks.map(|(rank, x)| self.decided(rank.capacity, *x)).collect()
+    }
+
+    fn decided(&self, capacity: i64, x: usize) -> Offer {
+        Offer { room: (capacity.max(0) - self.problem.attention.bytes[x]).max(0) as f64, attention: 0.0 }
+    }
+
+    fn explore(&mut self, time: f64, seen: f64) {
+        let most: Vec<usize> = (0..self.problem.ranks.len()).map(|r| self.most_heads(r, time)).collect();
+        let mut offers = self.offers(&most);
+        let level = Level { most, time, seen };
+        let mut heads = Vec::with_capacity(level.most.len());
+        self.descend(&level, &mut heads, 0, &mut offers);
+    }
+
+    fn exhausted(&self) -> bool {
+        match (&self.best, self.goal) {
+            (Some(_), Goal::Any) => true,
+            (Some(_), Goal::Fastest) => self.nodes > MOST_NODES,
+            (None, _) => self.nodes > MOST_NODES_WITHOUT_ANSWER,
+        }
+    }
+
+    fn descend(&mut self, level: &Level, heads: &mut Vec<usize>, placed: usize, offers: &mut [Offer]) {
+        self.nodes += 1;
+        let units = self.problem.attention.units;
+        let rank = heads.len();
+        if units - placed > level.most[rank..].iter().sum::<usize>() || self.exhausted() {
+            return;
+        }
+        let Some(conditions) = Conditions::new(self.problem, offers, self.attention_bytes(placed)) else {
+            return;
+        };
+        let time = if level.time.is_finite() { level.time } else { 0.0 };
+        if time + conditions.best(self.floor).sum() >= self.below * (1.0 - SAME) {
+            return;
+        }
+        if rank == level.most.len() {
+            let actual = even::attention_time(self.problem, heads);
+            if actual > level.seen {
+                self.leaf(heads, actual, &conditions);
+            }
+            return;
+        }
+        let before = offers[rank];
+        for x in self.choices(level, heads, placed) {
+            heads.push(x);
+            offers[rank] = self.decided(self.problem.ranks[rank].capacity, x);
+            self.descend(level, heads, placed + x, offers);
+            heads.pop();
+        }
+        offers[rank] = before;
+    }
+
+    /// Heads that the next rank may take, those nearest to its part by speed first.
+    fn choices(&self, level: &Level, heads: &[usize], placed: usize) -> Vec<usize> {
+        let attention = &self.problem.attention;
+        let rank = heads.len();
+        let most = level.most[rank].min(attention.units - placed);
+        let group = attention.units_per_head;
+        // A head that an earlier rank began must be finished before the next one is begun.
+        let begun = placed % group;
+        let allowed = |x: &usize| match begun {
+            0 => *x < group || x.is_multiple_of(group),
+            begun => *x <= group - begun,
+        };
+        let wanted = self.wanted[rank];
+        let mut choices: Vec<usize> = (0..=most).filter(allowed).collect();
+        if group == 1 && self.twins(rank) {
+            // Equal neighbours can trade places: the first takes the larger part.
+            choices.retain(|x| *x <= heads[rank - 1]);
+        }
+        choices.sort_by_key(|x| (x.abs_diff(wanted), *x));
+        choices
+    }
+
+    /// Whether this rank and the one before differ in nothing that the search looks at.
+    fn twins(&self, rank: usize) -> bool {
+        let Some(before) = rank.checked_sub(1) else { return false };
+        let same = |limits: &[i64]| limits[before] == limits[rank];
+        let (a, b) = (&self.problem.ranks[before], &self.problem.ranks[rank]);
+        a.capacity == b.capacity
+            && a.speed.total_cmp(&b.speed).is_eq()
+            && same(&self.problem.mlp.limits)
+            && same(&self.problem.vocabulary.limits)
+    }
+
+    fn leaf(&mut self, heads: &[usize], attention: f64, conditions: &Conditions) {
+        let mut lines = Lines::new(self.problem, heads, self.table_cells);
+        let found = match self.goal {
+            Goal::Fastest => lines.minimise(conditions, self.floor, self.below - attention),
+            Goal::Any => {
+                let (mlp, vocabulary) = (&self.problem.mlp.limits, &self.problem.vocabulary.limits);
+                lines.fit(mlp, vocabulary).map(|steps| (self.floor, steps))
+            }
+        };
+        self.table_cells = lines.table_cells;
+        if let Some((times, steps)) = found {
+            let found = Found { heads: heads.to_vec(), steps, attention, times };
+            self.below = found.time();
+            self.best = Some(found);
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! The exact bytes of a rank, item by item.
+
+use std::collections::BTreeMap;
+
+use super::workload::{Basis, Holdings, Workload};
+use super::{Item, RankBudget, RankPlan};
+
+/// `bytes × count / total`, rounded up to a whole byte.
+pub(crate) fn portion(bytes: u64, count: u64, total: u64) -> u64 {
+    if total == 0 || count == 0 {
+        return 0;
+    }
+    let exact = (u128::from(bytes) * u128::from(count)).div_ceil(u128::from(total));
+    u64::try_from(exact).unwrap_or(u64::MAX)
+}
+
+/// What a rank with these holdings takes, item by item, and what a decode step reads of it.
+///
+/// A rank that holds nothing takes nothing: no context is made on its device.
+#[must_use]
+pub fn account(workload: &Workload, holdings: &Holdings, rank: usize, budget: &RankBudget) -> RankPlan {
+    let mut items: BTreeMap<Item, u64> = BTreeMap::new();
+    let mut read = 0;
+    let mut add = |item: Item, bytes: u64| {
+        if bytes > 0 {
+            *items.entry(item).or_default() += bytes;
+        }
+    };
+    for cost in &workload.costs {
+        let (count, total) = (holdings.count(cost.basis), workload.total(cost.basis));
+        add(cost.item, portion(cost.bytes, count, total));
+        read += portion(cost.read, count, total);
+    }
+    if !holdings.is_empty() {
+        add(Item::Activations, activations(workload, holdings));
+        add(Item::Framework, budget.framework_bytes);
+    }
+    let total = items.values().sum();
+    RankPlan {
+        rank,
+        device: budget.device.clone(),
+        budget: budget.bytes(),
+        speed: budget.speed.unwrap_or(1.0),
+        items,
+        total,
+        read_per_token: read,
+    }
+}
+
+/// The largest set of intermediate results: what is always alive, and the larger of the attention and MLP phases,
+/// which are never alive together.
+fn activations(workload: &Workload, holdings: &Holdings) -> u64 {
+    let mlp_basis = if workload.experts.is_some() { Basis::Experts } else { Basis::Intermediate };
+    let phase = |bytes: u64, basis: Basis| portion(bytes, holdings.count(basis), workload.total(basis));
+    workload.activation_base
+        + phase(workload.activation_attention, Basis::QueryHeads).max(phase(workload.activation_mlp, mlp_basis))
+}
