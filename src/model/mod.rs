@@ -2,6 +2,8 @@
 
 mod shape;
 mod tensor;
+mod workload;
 
 pub use shape::{Dimensions, Layer, Mixer, Mlp, ModelShape, Quantization, Source, Unsplittable};
 pub use tensor::{CutAlong, Part, RawTensor, Role, Tensor};
+pub(crate) use workload::Costs;

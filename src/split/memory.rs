@@ -53,5 +53,6 @@ fn activations(workload: &Workload, holdings: &Holdings) -> u64 {
     let mlp_basis = if workload.experts.is_some() { Basis::Experts } else { Basis::Intermediate };
     let phase = |bytes: u64, basis: Basis| portion(bytes, holdings.count(basis), workload.total(basis));
     workload.activation_base
-        + phase(workload.activation_attention, Basis::QueryHeads).max(phase(workload.activation_mlp, mlp_basis))
+        + phase(workload.activation_attention, Basis::QueryHeads)
+            .max(phase(workload.activation_mlp, mlp_basis))
 }

@@ -2,20 +2,24 @@
 pub mod activations;
 mod apportion;
 pub mod balance;
+mod derive;
 mod intervals;
 mod memory;
 mod options;
 mod plan;
+mod planner;
 pub mod reference;
+mod shortfall;
+mod validate;
 pub mod workload;
 
 pub use apportion::integer_split;
+pub use derive::follow;
 pub use intervals::{Share, Split};
 pub use memory::account;
-pub use options::{
-    CacheType, Context, ExpertSplit, ExplicitShares, GIB, MIB, Options, RankBudget, Strategy,
-};
+pub use options::{CacheType, Context, ExpertSplit, ExplicitShares, GIB, MIB, Options, RankBudget, Strategy};
 pub use plan::{Item, PLAN_VERSION, Plan, PlannedModel, RankPlan, Shortfall, Splits};
+pub use planner::{DEFAULT_CONTEXT, Subject, plan};
 
 impl std::fmt::Display for Shortfall {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

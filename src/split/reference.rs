@@ -61,7 +61,7 @@ const MIB: f64 = 1_048_576.0;
 /// every budget (a `ZeroDivisionError`); [`Error::InvalidArgument`] for budgets that are negative, NaN or infinite,
 /// from which the reference computes nonsense.
 pub fn define_splits(input: &ReferenceInput) -> Result<ReferenceSplits> {
-    if input.intermediate % 128 != 0 {
+    if !input.intermediate.is_multiple_of(128) {
         return Err(Error::ReferenceRefuses {
             problem: format!("intermediate size {} is not a multiple of 128", input.intermediate),
         });

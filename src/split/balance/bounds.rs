@@ -70,7 +70,11 @@ impl Conditions {
     /// The least head time with this much time for the MLP.
     pub(super) fn head_at(&self, mlp: f64) -> f64 {
         let missing = self.joint - self.mlp_rate * mlp;
-        if missing > 0.0 && self.head_rate > 0.0 { self.head.max(missing / self.head_rate) } else { self.head }
+        if missing > 0.0 && self.head_rate > 0.0 {
+            self.head.max(missing / self.head_rate)
+        } else {
+            self.head
+        }
     }
 
     /// The times with the least sum, given that neither is below `floor`.

@@ -55,9 +55,8 @@ pub(super) fn spread(units: i64, limits: &[i64], problem: &Problem) -> Vec<i64> 
     let mut missing = units - shares.iter().sum::<i64>();
     while missing > 0 {
         let next = |r: &usize| (shares[*r] + 1) as f64 / ranks[*r].speed;
-        let earliest = (0..limits.len())
-            .filter(|r| shares[*r] < limits[*r])
-            .min_by(|a, b| next(a).total_cmp(&next(b)));
+        let earliest =
+            (0..limits.len()).filter(|r| shares[*r] < limits[*r]).min_by(|a, b| next(a).total_cmp(&next(b)));
         let Some(rank) = earliest else { break };
         shares[rank] += 1;
         missing -= 1;

@@ -165,7 +165,8 @@ impl<'a> Lines<'a> {
                 steps = better;
             } else {
                 // Nothing changes before the next rank finishes a step.
-                let next = caps.iter().zip(&problem.ranks).zip(&line.limits).filter(|((cap, _), limit)| cap < limit);
+                let next =
+                    caps.iter().zip(&problem.ranks).zip(&line.limits).filter(|((cap, _), limit)| cap < limit);
                 let next = next.map(|((cap, rank), _)| (cap + 1) as f64 * line.read / rank.speed);
                 low = next.reduce(f64::min)?.max(middle * (1.0 + SAME));
             }
@@ -193,8 +194,8 @@ impl<'a> Lines<'a> {
     fn most_vocabulary(&self, rank: usize, mlp: i64, cap: i64) -> i64 {
         let Room { attention_phase, mlp_phase } = self.rooms[rank];
         let bytes = self.problem.mlp.bytes;
-        let left = (attention_phase - bytes * mlp)
-            .min(mlp_phase - (bytes + self.problem.mlp_activation) * mlp);
+        let left =
+            (attention_phase - bytes * mlp).min(mlp_phase - (bytes + self.problem.mlp_activation) * mlp);
         if left < 0 {
             return -1;
         }
@@ -233,7 +234,8 @@ impl<'a> Lines<'a> {
             return None;
         }
         let mlp = self.greedy(&most, &caps, &flat);
-        let placed = |mlp: &[i64]| -> i64 { (0..mlp.len()).map(|r| self.most_vocabulary(r, mlp[r], caps[r])).sum() };
+        let placed =
+            |mlp: &[i64]| -> i64 { (0..mlp.len()).map(|r| self.most_vocabulary(r, mlp[r], caps[r])).sum() };
         let mlp = if placed(&mlp) >= problem.vocabulary.units { mlp } else { self.table(&most, &caps)? };
         Some(Steps { vocabulary: self.take_vocabulary(&mlp, &caps), mlp })
     }
@@ -253,12 +255,12 @@ impl<'a> Lines<'a> {
     /// The most vocabulary that real amounts of MLP leave room for, and the MLP steps that cost no vocabulary.
     ///
     /// What a rank leaves is `min(cap, room₁ - m·i, room₂ - (m+a)·i)`: concave, with the same two slopes on every
-    /// rank, so the best real amounts use up the flat parts first, then the gentle slope, then the steep one.
+    /// rank, so the best real amounts use up the flat parts first, then the slow slope, then the fast one.
     fn relaxed(&self, most: &[i64], caps: &[i64]) -> (f64, Vec<f64>) {
         let step = self.problem.vocabulary.bytes as f64;
-        let gentle = self.problem.mlp.bytes as f64;
-        let steep = gentle + self.problem.mlp_activation as f64;
-        let (mut vocabulary, mut flat_steps, mut gentle_steps) = (0.0, 0.0, 0.0);
+        let gradual = self.problem.mlp.bytes as f64;
+        let rapid = gradual + self.problem.mlp_activation as f64;
+        let (mut vocabulary, mut flat_steps, mut slow_steps) = (0.0, 0.0, 0.0);
         let mut flats = Vec::with_capacity(most.len());
         for (rank, (&most, &cap)) in most.iter().zip(caps).enumerate() {
             let Room { attention_phase, mlp_phase } = self.rooms[rank];
@@ -271,16 +273,16 @@ impl<'a> Lines<'a> {
             let wanted = cap as f64 * step;
             let room = |bytes: f64, slope: f64| if slope > 0.0 { bytes / slope } else { f64::INFINITY };
             vocabulary += if step > 0.0 { (first.min(second) / step).min(cap as f64) } else { cap as f64 };
-            let flat = room(first - wanted, gentle).min(room(second - wanted, steep)).clamp(0.0, most);
-            let crossing = room(second - first, steep - gentle).clamp(flat, most);
+            let flat = room(first - wanted, gradual).min(room(second - wanted, rapid)).clamp(0.0, most);
+            let crossing = room(second - first, rapid - gradual).clamp(flat, most);
             flats.push(flat);
             flat_steps += flat;
-            gentle_steps += crossing - flat;
+            slow_steps += crossing - flat;
         }
         if step > 0.0 {
             let rest = (self.problem.mlp.units as f64 - flat_steps).max(0.0);
-            let gently = rest.min(gentle_steps);
-            vocabulary -= (gently * gentle + (rest - gently) * steep) / step;
+            let slowly = rest.min(slow_steps);
+            vocabulary -= (slowly * gradual + (rest - slowly) * rapid) / step;
         }
         (vocabulary, flats)
     }
@@ -298,9 +300,10 @@ impl<'a> Lines<'a> {
         let loss = |mlp: &[i64], r: usize, steps: i64| {
             self.most_vocabulary(r, mlp[r], caps[r]) - self.most_vocabulary(r, mlp[r] + steps, caps[r])
         };
+        let ranks = i64::try_from(most.len()).unwrap_or(1);
         while left > 0 {
             // Large blocks first: single steps would take as many rounds as the axis has.
-            let block = (left / (4 * most.len() as i64)).max(1);
+            let block = (left / (4 * ranks)).max(1);
             let open = (0..most.len()).filter(|r| mlp[*r] + block <= most[*r]);
             let cheapest = open.min_by_key(|r| loss(&mlp, *r, block));
             let Some(rank) = cheapest else {
@@ -321,6 +324,7 @@ impl<'a> Lines<'a> {
         let units = usize::try_from(self.problem.mlp.units).ok()?;
         let widest = usize::try_from(most.iter().copied().max()?.min(self.problem.mlp.units)).ok()?;
         let cells = (most.len() as u64).saturating_mul(units as u64 + 1).saturating_mul(widest as u64 + 1);
+        // Without the table a split may be missed that differs from the found one by a step of vocabulary.
         self.table_cells = self.table_cells.checked_sub(cells)?;
         let mut reach: Vec<i64> = vec![-1; units + 1];
         reach[0] = 0;

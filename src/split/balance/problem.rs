@@ -89,11 +89,12 @@ impl Problem {
         let (attention, attention_size) = attention(workload, options, fixed);
         let (mlp_unit, mlp_axis) = match workload.experts {
             Some(experts) => (MlpUnit::Experts, Axis { total: experts, grid: 1, step: 1 }),
-            None => (MlpUnit::Columns, fixed.axis(workload.intermediate, fixed.mlp.as_ref())),
+            None => (MlpUnit::Columns, steps_of(workload.intermediate, fixed.mlp.as_ref())),
         };
-        let vocabulary_axis = fixed.axis(workload.vocabulary, fixed.vocabulary.as_ref());
+        let vocabulary_axis = steps_of(workload.vocabulary, fixed.vocabulary.as_ref());
         let (mlp, reserve) = mlp(workload, mlp_unit, mlp_axis, fixed, budgets.len());
-        let vocabulary = line(workload, vocabulary_axis, &[Basis::Vocabulary], &fixed.vocabulary, budgets.len());
+        let vocabulary =
+            line(workload, vocabulary_axis, &[Basis::Vocabulary], fixed.vocabulary.as_ref(), budgets.len());
 
         let fixed_bytes = workload.sum(Basis::Rank).0 + workload.activation_base + reserve;
         let ranks = budgets
@@ -112,7 +113,7 @@ impl Problem {
             mlp_unit,
             vocabulary,
             mlp_activation: signed(activation),
-            kv_heads_per_unit: fixed.axis(workload.kv_heads, fixed.kv_heads.as_ref()).step,
+            kv_heads_per_unit: steps_of(workload.kv_heads, fixed.kv_heads.as_ref()).step,
             unit_sizes: [attention_size, mlp_axis.step, vocabulary_axis.step],
         }
     }
@@ -129,15 +130,13 @@ pub(crate) struct FixedSteps {
     pub(crate) vocabulary: Option<Vec<u64>>,
 }
 
-impl FixedSteps {
-    /// The axis in the steps of the solver, or on its grid where the caller fixed the cuts.
-    fn axis(&self, axis: Axis, fixed: Option<&Vec<u64>>) -> Axis {
-        if fixed.is_some() { Axis { step: axis.grid, ..axis } } else { axis }
-    }
+/// The axis in the steps of the solver, or on its grid where the caller fixed the cuts.
+fn steps_of(axis: Axis, fixed: Option<&Vec<u64>>) -> Axis {
+    if fixed.is_some() { Axis { step: axis.grid, ..axis } } else { axis }
 }
 
 fn attention(workload: &Workload, options: &Options, fixed: &FixedSteps) -> (Attention, u64) {
-    let heads = fixed.axis(workload.kv_heads, fixed.kv_heads.as_ref());
+    let heads = steps_of(workload.kv_heads, fixed.kv_heads.as_ref());
     let group = workload.query_heads_per_kv_head;
     let share = options.duplicate_kv && fixed.kv_heads.is_none() && heads.step == 1 && group > 1;
     // Query heads of a unit.
@@ -155,8 +154,7 @@ fn attention(workload: &Workload, options: &Options, fixed: &FixedSteps) -> (Att
         let kv_heads = if share { x.div_ceil(units_per_head) } else { x * heads.step };
         rank + portion(query, x * size, workload.query_heads()) + portion(kv, kv_heads, heads.total)
     };
-    let bytes: Vec<i64> =
-        (0..=units).map(|x| signed(amount(x, rank_bytes, query_bytes, kv_bytes))).collect();
+    let bytes: Vec<i64> = (0..=units).map(|x| signed(amount(x, rank_bytes, query_bytes, kv_bytes))).collect();
     let read = (0..=units).map(|x| amount(x, rank_read, query_read, kv_read) as f64).collect();
     let bytes_per_unit = bytes
         .iter()
@@ -182,15 +180,10 @@ fn attention(workload: &Workload, options: &Options, fixed: &FixedSteps) -> (Att
 
 /// The MLP's line, and the bytes that every rank keeps in reserve because MLPs of other widths are cut to the
 /// nearest of their own steps, which may be a step more than their part.
-fn mlp(
-    workload: &Workload,
-    unit: MlpUnit,
-    axis: Axis,
-    fixed: &FixedSteps,
-    ranks: usize,
-) -> (Line, u64) {
+fn mlp(workload: &Workload, unit: MlpUnit, axis: Axis, fixed: &FixedSteps, ranks: usize) -> (Line, u64) {
     let mut bases: Vec<Basis> = (0..workload.widths.len()).map(Basis::Width).collect();
-    let mut rounded: Vec<(Basis, Axis)> = bases.iter().copied().zip(workload.widths.iter().copied()).collect();
+    let mut rounded: Vec<(Basis, Axis)> =
+        bases.iter().copied().zip(workload.widths.iter().copied()).collect();
     match unit {
         MlpUnit::Columns => bases.push(Basis::Intermediate),
         MlpUnit::Experts => {
@@ -199,13 +192,13 @@ fn mlp(
             rounded.push((Basis::Intermediate, workload.intermediate));
         }
     }
-    let line = line(workload, axis, &bases, &fixed.mlp, ranks);
+    let line = line(workload, axis, &bases, fixed.mlp.as_ref(), ranks);
     let reserve =
         rounded.iter().map(|(basis, axis)| portion(workload.sum(*basis).0, axis.step, axis.total)).sum();
     (line, reserve)
 }
 
-fn line(workload: &Workload, axis: Axis, bases: &[Basis], fixed: &Option<Vec<u64>>, ranks: usize) -> Line {
+fn line(workload: &Workload, axis: Axis, bases: &[Basis], fixed: Option<&Vec<u64>>, ranks: usize) -> Line {
     let steps = axis.steps();
     let (mut bytes, mut read) = (0, 0.0);
     for basis in bases {

@@ -5,13 +5,14 @@ use super::even;
 use super::lines::{Lines, SAME, Steps};
 use super::problem::Problem;
 
-/// Choices that are looked at before the best one found so far is taken. Cases small enough to enumerate stay far
-/// below; on large ones the first choices are within a fraction of a percent of the bound.
-const MOST_NODES: u64 = 6_000;
+/// Choices that are looked at, times the ranks that each concerns, before the best one found so far is taken. Cases
+/// small enough to enumerate stay far below; on large ones the first choices are within a fraction of a percent of
+/// the bound.
+const MOST_WORK: u64 = 24_000;
 /// The same where no split is known yet: a plan that exists must be found.
-const MOST_NODES_WITHOUT_ANSWER: u64 = 1_000_000;
-/// Cells of exact tables, over the whole search.
-const MOST_TABLE_CELLS: u64 = 4_000_000;
+const MOST_WORK_WITHOUT_ANSWER: u64 = 16_000_000;
+/// Cells of exact tables, over the whole search: for the fastest split, and for any split.
+const MOST_TABLE_CELLS: [u64; 2] = [400_000, 40_000_000];
 
 /// A split in the solver's units, with its three times.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,7 +46,7 @@ struct Search<'a> {
     best: Option<Found>,
     /// Sum of times that the next split must stay below.
     below: f64,
-    nodes: u64,
+    work: u64,
     table_cells: u64,
     /// Heads of every rank if memory did not matter, tried first.
     wanted: Vec<usize>,
@@ -59,6 +60,8 @@ struct Level {
     time: f64,
     /// Choices that stay within this time were looked at before.
     seen: f64,
+    /// Whether the ranks from this one on can take exactly what is left, by rank and units placed before.
+    completable: Vec<Vec<bool>>,
 }
 
 /// The best split of `problem`, or `None` if there is none.
@@ -73,8 +76,8 @@ pub(super) fn search(problem: &Problem, goal: Goal, known: Option<Found>) -> Opt
         floor,
         below: known.as_ref().map_or(f64::INFINITY, Found::time),
         best: known,
-        nodes: 0,
-        table_cells: MOST_TABLE_CELLS,
+        work: 0,
+        table_cells: MOST_TABLE_CELLS[usize::from(goal == Goal::Any)],
         wanted: even::heads(problem),
     };
     match (&problem.attention.fixed, goal) {
@@ -90,7 +93,8 @@ pub(super) fn search(problem: &Problem, goal: Goal, known: Option<Found>) -> Opt
 /// The given shares as a [`Found`], if they are complete and fit.
 pub(super) fn checked(problem: &Problem, heads: &[u64], mlp: &[u64], vocabulary: &[u64]) -> Option<Found> {
     let heads: Vec<usize> = heads.iter().map(|x| usize::try_from(*x).ok()).collect::<Option<_>>()?;
-    let signed = |steps: &[u64]| -> Option<Vec<i64>> { steps.iter().map(|n| i64::try_from(*n).ok()).collect() };
+    let signed =
+        |steps: &[u64]| -> Option<Vec<i64>> { steps.iter().map(|n| i64::try_from(*n).ok()).collect() };
     let steps = Steps { mlp: signed(mlp)?, vocabulary: signed(vocabulary)? };
     let complete = heads.iter().sum::<usize>() == problem.attention.units
         && steps.mlp.iter().sum::<i64>() == problem.mlp.units
@@ -101,7 +105,11 @@ pub(super) fn checked(problem: &Problem, heads: &[u64], mlp: &[u64], vocabulary:
     let lines = Lines::new(problem, &heads, 0);
     let idle = |rank: usize| heads[rank] == 0 && steps.mlp[rank] == 0 && steps.vocabulary[rank] == 0;
     let fits = (0..heads.len()).all(|r| {
-        if problem.ranks[r].capacity < 0 { idle(r) } else { lines.holds(r, steps.mlp[r], steps.vocabulary[r]) }
+        if problem.ranks[r].capacity < 0 {
+            idle(r)
+        } else {
+            lines.holds(r, steps.mlp[r], steps.vocabulary[r])
+        }
     });
     let attention = even::attention_time(problem, &heads);
     let times = even::times(problem, &steps);
@@ -122,9 +130,12 @@ impl Search<'_> {
 
     /// Goes through the times that attention may take, the most promising first.
     fn by_levels(&mut self) {
-        let mut levels: Vec<(f64, f64)> = self
-            .attention_times()
-            .into_iter()
+        let times = self.attention_times();
+        // More time never makes heads harder to place, so the levels that can place them are a suffix.
+        let first = times.partition_point(|time| !self.completable(&self.most_of_all(*time))[0][0]);
+        let mut levels: Vec<(f64, f64)> = times[first..]
+            .iter()
+            .copied()
             .filter_map(|time| self.bound_of_level(time).map(|bound| (bound, time)))
             .collect();
         levels.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
@@ -153,10 +164,7 @@ impl Search<'_> {
     }
 
     fn bound_of_level(&self, time: f64) -> Option<f64> {
-        let most: Vec<usize> = (0..self.problem.ranks.len()).map(|r| self.most_heads(r, time)).collect();
-        if most.iter().sum::<usize>() < self.problem.attention.units {
-            return None;
-        }
+        let most = self.most_of_all(time);
         let conditions = Conditions::new(self.problem, &self.offers(&most), self.attention_bytes(0))?;
         Some(time + conditions.best(self.floor).sum())
     }
@@ -198,26 +206,53 @@ impl Search<'_> {
     }
 
     fn explore(&mut self, time: f64, seen: f64) {
-        let most: Vec<usize> = (0..self.problem.ranks.len()).map(|r| self.most_heads(r, time)).collect();
+        let most = self.most_of_all(time);
         let mut offers = self.offers(&most);
-        let level = Level { most, time, seen };
+        let level = Level { completable: self.completable(&most), most, time, seen };
         let mut heads = Vec::with_capacity(level.most.len());
         self.descend(&level, &mut heads, 0, &mut offers);
+    }
+
+    fn most_of_all(&self, time: f64) -> Vec<usize> {
+        (0..self.problem.ranks.len()).map(|rank| self.most_heads(rank, time)).collect()
+    }
+
+    /// Whether ranks `r..` can take exactly the units that are left after `placed`, for every `[r][placed]`.
+    fn completable(&self, most: &[usize]) -> Vec<Vec<bool>> {
+        let units = self.problem.attention.units;
+        let mut table = vec![vec![false; units + 1]; most.len() + 1];
+        table[most.len()][units] = true;
+        for rank in (0..most.len()).rev() {
+            for placed in 0..=units {
+                let mut amounts = 0..=most[rank].min(units - placed);
+                table[rank][placed] = amounts.any(|x| self.allowed(placed, x) && table[rank + 1][placed + x]);
+            }
+        }
+        table
+    }
+
+    /// Whether a rank may take `x` units after `placed` of them: whole heads, or a part of one head. A head that an
+    /// earlier rank began must be finished before the next one is begun.
+    fn allowed(&self, placed: usize, x: usize) -> bool {
+        let group = self.problem.attention.units_per_head;
+        match placed % group {
+            0 => x < group || x.is_multiple_of(group),
+            begun => x <= group - begun,
+        }
     }
 
     fn exhausted(&self) -> bool {
         match (&self.best, self.goal) {
             (Some(_), Goal::Any) => true,
-            (Some(_), Goal::Fastest) => self.nodes > MOST_NODES,
-            (None, _) => self.nodes > MOST_NODES_WITHOUT_ANSWER,
+            (Some(_), Goal::Fastest) => self.work > MOST_WORK,
+            (None, _) => self.work > MOST_WORK_WITHOUT_ANSWER,
         }
     }
 
     fn descend(&mut self, level: &Level, heads: &mut Vec<usize>, placed: usize, offers: &mut [Offer]) {
-        self.nodes += 1;
-        let units = self.problem.attention.units;
+        self.work += level.most.len() as u64;
         let rank = heads.len();
-        if units - placed > level.most[rank..].iter().sum::<usize>() || self.exhausted() {
+        if !level.completable[rank][placed] || self.exhausted() {
             return;
         }
         let Some(conditions) = Conditions::new(self.problem, offers, self.attention_bytes(placed)) else {
@@ -249,16 +284,9 @@ impl Search<'_> {
         let attention = &self.problem.attention;
         let rank = heads.len();
         let most = level.most[rank].min(attention.units - placed);
-        let group = attention.units_per_head;
-        // A head that an earlier rank began must be finished before the next one is begun.
-        let begun = placed % group;
-        let allowed = |x: &usize| match begun {
-            0 => *x < group || x.is_multiple_of(group),
-            begun => *x <= group - begun,
-        };
         let wanted = self.wanted[rank];
-        let mut choices: Vec<usize> = (0..=most).filter(allowed).collect();
-        if group == 1 && self.twins(rank) {
+        let mut choices: Vec<usize> = (0..=most).filter(|x| self.allowed(placed, *x)).collect();
+        if attention.units_per_head == 1 && self.twins(rank) {
             // Equal neighbours can trade places: the first takes the larger part.
             choices.retain(|x| *x <= heads[rank - 1]);
         }
