@@ -4,7 +4,7 @@
 //! `split::balance`; it shares nothing with the solver but the numbers of the case.
 
 // A test that meets what it did not expect has to stop there.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+#![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::cell::Cell;
 
@@ -236,8 +236,8 @@ fn fill(case: &mut Case, seed: u64, tightness: u8) {
     for _ in 0..case.rows {
         held[next(n as u64) as usize].rows += 1;
     }
-    for rank in 0..n {
-        let exact = case.bytes(held[rank]);
+    for (rank, held) in held.iter().enumerate() {
+        let exact = case.bytes(*held);
         case.budgets[rank] = match tightness {
             0 => exact + next(30),
             1 => exact * (85 + next(30)) / 100,

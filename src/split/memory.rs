@@ -47,6 +47,22 @@ pub fn account(workload: &Workload, holdings: &Holdings, rank: usize, budget: &R
     }
 }
 
+/// Bytes that a decode step reads on one rank: of attention, of the MLP, of the head. What every rank reads whole
+/// (norms, routers) is left out, since no split changes it.
+pub(crate) fn phase_reads(workload: &Workload, holdings: &Holdings) -> [f64; 3] {
+    let mut reads = [0.0; 3];
+    for cost in &workload.costs {
+        let phase = match cost.basis {
+            Basis::Rank => continue,
+            Basis::AttentionRank | Basis::QueryHeads | Basis::KvHeads => 0,
+            Basis::Intermediate | Basis::Width(_) | Basis::Experts => 1,
+            Basis::Vocabulary => 2,
+        };
+        reads[phase] += portion(cost.read, holdings.count(cost.basis), workload.total(cost.basis)) as f64;
+    }
+    reads
+}
+
 /// The largest set of intermediate results: what is always alive, and the larger of the attention and MLP phases,
 /// which are never alive together.
 fn activations(workload: &Workload, holdings: &Holdings) -> u64 {

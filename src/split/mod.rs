@@ -18,7 +18,7 @@ pub use derive::follow;
 pub use intervals::{Share, Split};
 pub use memory::account;
 pub use options::{CacheType, Context, ExpertSplit, ExplicitShares, GIB, MIB, Options, RankBudget, Strategy};
-pub use plan::{Item, PLAN_VERSION, Plan, PlannedModel, RankPlan, Shortfall, Splits};
+pub use plan::{Item, PLAN_VERSION, Plan, PlannedModel, RankPlan, Shortfall, Splits, StepTime};
 pub use planner::{DEFAULT_CONTEXT, Subject, plan};
 
 impl std::fmt::Display for Shortfall {

@@ -110,6 +110,28 @@ pub struct Splits {
     pub widths: BTreeMap<u64, Split>,
 }
 
+/// What a decode step waits for: at each sum over the ranks, for the slowest of them.
+///
+/// Bytes read over the rank's speed, the largest of all ranks: nanoseconds where speeds are in GB/s. Their sum is what
+/// the balanced strategy minimises, and a floor of the time of a token that no kernel can be below.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct StepTime {
+    /// Attention weights and cache.
+    pub attention: f64,
+    /// MLP and experts.
+    pub mlp: f64,
+    /// Output head.
+    pub head: f64,
+}
+
+impl StepTime {
+    /// All three.
+    #[must_use]
+    pub fn total(&self) -> f64 {
+        self.attention + self.mlp + self.head
+    }
+}
+
 /// The model that a plan is for, in a few numbers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlannedModel {
@@ -156,6 +178,10 @@ pub struct Plan {
     pub splits: Splits,
     /// Every rank, those with nothing included.
     pub ranks: Vec<RankPlan>,
+    /// What a decode step at the full context waits for.
+    pub step_time: StepTime,
+    /// Whether the speeds were known, in GB/s or in proportion; if not they count as equal.
+    pub speeds_known: bool,
     /// Bytes of pinned host memory that the communicator takes.
     pub pinned_bytes: u64,
     /// Whether every rank stays within its budget.

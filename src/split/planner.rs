@@ -2,7 +2,7 @@
 
 use super::balance::{self, Balanced, FixedSteps};
 use super::derive::{follow, residual};
-use super::memory::account;
+use super::memory::{account, phase_reads};
 use super::reference::{ReferenceInput, define_splits};
 use super::shortfall;
 use super::validate::{check_arguments, check_residual, check_shares};
@@ -86,6 +86,8 @@ impl Planner<'_> {
             batch: self.options.batch,
             chunk: self.chunk(),
             cache: self.options.cache,
+            step_time: self.step_time(&workload, &splits),
+            speeds_known: self.budgets.iter().all(|budget| budget.speed.is_some()),
             splits,
             pinned_bytes: if ranks.iter().filter(|rank| rank.total > 0).count() > 1 {
                 workload.pinned_bytes
@@ -235,6 +237,18 @@ impl Planner<'_> {
         ranks
             .map(|(rank, budget)| account(workload, &workload.holdings(splits, rank), rank, budget))
             .collect()
+    }
+
+    fn step_time(&self, workload: &Workload, splits: &Splits) -> StepTime {
+        let mut slowest = [0.0_f64; 3];
+        for (rank, budget) in self.budgets.iter().enumerate() {
+            let reads = phase_reads(workload, &workload.holdings(splits, rank));
+            for (slowest, read) in slowest.iter_mut().zip(reads) {
+                *slowest = slowest.max(read / budget.speed.unwrap_or(1.0));
+            }
+        }
+        let [attention, mlp, head] = slowest;
+        StepTime { attention, mlp, head }
     }
 
     /// Whether these splits, or with the balanced strategy any splits, fit at this context and chunk.
