@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use tp_rs::split::balance::{Balanced, balance};
 use tp_rs::split::workload::{Axis, Basis, Cost, Workload};
-use tp_rs::split::{GIB, Item, Options, RankBudget, Splits, account};
+use tp_rs::split::{GIB, Item, Options, RankBudget, Share, Splits, account};
 
 /// Coefficients of a case: what one unit of each thing takes and what is read of it.
 #[derive(Debug, Clone)]
@@ -291,7 +291,7 @@ fn balanced_splits_are_optimal_and_found_whenever_any_fits() {
                     count(&fitting, true);
                     let ample = Case { budgets: vec![1 << 40; case.budgets.len()], ..case.clone() };
                     count(&binding, ample.enumerate().is_some_and(|free| free < best * (1.0 - 1e-9)));
-                    count(&shared, balanced.kv.0.iter().map(|s| s.len()).sum::<u64>() > case.kv_heads);
+                    count(&shared, balanced.kv.0.iter().map(Share::len).sum::<u64>() > case.kv_heads);
                 }
                 (found, best) => prop_assert!(false, "solver {:?}, enumeration {:?}", found, best),
             }

@@ -9,7 +9,7 @@ use super::validate::{check_arguments, check_residual, check_shares};
 use super::workload::{Axis, Workload};
 use super::{
     Context, GIB, MIB, Options, PLAN_VERSION, Plan, PlannedModel, RankBudget, RankPlan, Split, Splits,
-    Strategy,
+    StepTime, Strategy,
 };
 use crate::error::{Error, Result};
 
