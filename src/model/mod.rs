@@ -1,5 +1,11 @@
 //! What a split must know of a model: [`ModelShape`] from configurations and headers, never from weights.
 
+pub mod checkpoint;
+pub mod gguf;
+mod header;
+pub mod index;
+mod json;
+pub mod safetensors;
 mod shape;
 mod tensor;
 mod workload;
