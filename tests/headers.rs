@@ -1,6 +1,9 @@
 //! Readers of headers on files that are broken at random: no panic, no more memory than the file is long, and either
 //! a result that the file bears out or an error that names the file.
 
+// Helpers of tests are tests, but clippy.toml's exceptions do not reach them.
+#![allow(clippy::panic, clippy::unwrap_used)]
+
 #[path = "../src/model/gguf/tests/writer.rs"]
 #[allow(dead_code)]
 mod writer;
@@ -106,7 +109,8 @@ fn check_safetensors(bytes: &[u8]) {
         (Err(error), Ok(_)) => {
             let text = error.to_string();
             let on_purpose = [
-                "same name",
+                "two tensors",
+                "leaves nothing for tensors",
                 "deeper than",
                 "more than 8",
                 "bytes of memory",
@@ -282,7 +286,7 @@ fn with_header_length(mut bytes: Vec<u8>, original: &[u8]) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn safetensors_files_that_are_broken(file in safetensors_file(), damages in damages(), mend in any::<bool>()) {
@@ -346,7 +350,7 @@ fn memory_stays_below_the_length_of_the_file() {
         ];
         for header in &headers {
             // From a file that is all header to one that has just enough bytes behind it to be read.
-            for factor in [0, 1, 2, 4, 8, 16] {
+            for factor in [0, 1, 4, 12] {
                 let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
                 bytes.extend(header.as_bytes());
                 bytes.resize(bytes.len() + factor * header.len(), 0);
@@ -365,7 +369,7 @@ fn memory_stays_below_the_length_of_the_file() {
         let strings =
             [Writer::new().string("a", &"x".repeat(10_000 * scale)), Writer::new().entry("a", 8, &mended)];
         for writer in [keys, arrays, infos].iter().chain(&strings) {
-            for factor in [0, 1, 2, 4, 8, 16] {
+            for factor in [0, 1, 4, 12] {
                 let mut bytes = writer.bytes();
                 bytes.resize(bytes.len() * (factor + 1), 0);
                 check_gguf(&bytes);

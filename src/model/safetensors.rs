@@ -28,6 +28,8 @@ const MAX_HEADER: u64 = 100_000_000;
 const LENGTH_BYTES: u64 = 8;
 /// The header's object, a tensor's object, its shape.
 const MAX_DEPTH: usize = 3;
+/// Bytes that reading takes whatever the header says: mostly messages.
+const ALWAYS_HELD: u64 = 8 << 10;
 /// Bytes a tensor takes while the header is read, names and shapes not counted: its entry (72), the crate's table of
 /// entries (48) and of names (up to 76 for each, half of the slots being free), the list of names by offset (40), and
 /// the [`RawTensor`] with its type (104).
@@ -80,6 +82,12 @@ fn checked_header_length(prefix: [u8; 8], after_length: u64) -> Result<usize, St
             "its header should take {header_length} bytes, and the file has {after_length} after the header's \
              length: {} bytes are missing, or this is no safetensors file; download it again",
             header_length - after_length
+        ));
+    }
+    let length = after_length.saturating_add(LENGTH_BYTES);
+    if header_length.saturating_add(ALWAYS_HELD) > memory_limit(length) {
+        return Err(format!(
+            "its header takes {header_length} of its {length} bytes, which leaves nothing for tensors; download it again"
         ));
     }
     usize::try_from(header_length).ok().filter(|_| header_length <= MAX_HEADER).ok_or_else(|| {
@@ -148,7 +156,7 @@ fn counted(text: &str, data_len: u64) -> Result<usize, String> {
     let scan = json::scan(text.as_bytes(), MAX_DEPTH)?;
     let header_length = text.len() as u64;
     let limit = memory_limit(LENGTH_BYTES.saturating_add(header_length).saturating_add(data_len));
-    let mut needed = header_length.saturating_add(scan.copies());
+    let mut needed = header_length.saturating_add(ALWAYS_HELD).saturating_add(scan.copies());
     let mut count = 0_usize;
     let within = |needed: u64, count: usize| {
         if needed <= limit {
@@ -227,6 +235,9 @@ fn elements_of_whole_bytes(bits: u64) -> u64 {
 fn explanation(text: &str, count: usize) -> Result<Option<String>, String> {
     let entries = entries(text, count)?;
     let mut names = HashSet::with_capacity(count);
+    if let Some((name, _)) = entries.iter().find(|(name, _)| !names.insert(name)) {
+        return Ok(Some(format!("two tensors have the name {}", quoted(name))));
+    }
     let mut expected = 0;
     let mut previous = "the header";
     for (name, info) in &entries {
@@ -234,9 +245,6 @@ fn explanation(text: &str, count: usize) -> Result<Option<String>, String> {
         let tensor = || {
             format!("tensor {} ({}, shape {:?}, bytes {start}..{end})", quoted(name), info.dtype, info.shape)
         };
-        if !names.insert(name) {
-            return Ok(Some(format!("{}: another tensor has the same name", tensor())));
-        }
         if end < start {
             return Ok(Some(format!("{}: it ends before it starts", tensor())));
         }

@@ -10,11 +10,12 @@ fn folder(names: &[&str]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for name in names {
         let path = folder.path().join(name);
-        if name.ends_with(".safetensors") {
+        let extension = path.extension().and_then(OsStr::to_str);
+        if extension == Some("safetensors") {
             let data = [0; 4];
             let view = TensorView::new(Dtype::F32, vec![1], &data).unwrap();
             serialize_to_file([(name, view)], None, &path).unwrap();
-        } else if name.ends_with(".gguf") {
+        } else if extension == Some("gguf") {
             fs::write(path, [b"GGUF\x03\0\0\0".to_vec(), vec![0; 16]].concat()).unwrap();
         } else {
             fs::write(path, r#"{"model_type": "llama"}"#).unwrap();

@@ -170,7 +170,7 @@ fn every_contradiction_is_named_with_its_values() {
         (
             r#"{"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}, "a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}"#,
             8,
-            &["\"a\"", "4..8", "same name"],
+            &["two tensors", "\"a\""],
         ),
         (r#"{"__metadata__": {"a": "b"}, "__metadata__": {}}"#, 0, &["two entries __metadata__"]),
         (r#"{"__metadata__": {"a": 5}}"#, 0, &["5", "a string"]),

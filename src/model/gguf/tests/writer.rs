@@ -44,8 +44,10 @@ impl Writer {
     /// A tensor at any offset, its dimensions innermost first.
     pub(crate) fn info(mut self, name: &str, dimensions: &[u64], id: u32, offset: u64) -> Self {
         let mut info = text(name);
-        info.extend(u32::try_from(dimensions.len()).unwrap().to_le_bytes());
-        dimensions.iter().for_each(|size| info.extend(size.to_le_bytes()));
+        info.extend((dimensions.len() as u64).to_le_bytes()[..4].to_vec());
+        for size in dimensions {
+            info.extend(size.to_le_bytes());
+        }
         info.extend(id.to_le_bytes());
         info.extend(offset.to_le_bytes());
         self.infos.push(info);
