@@ -8,6 +8,7 @@ mod json;
 pub mod safetensors;
 mod shape;
 mod tensor;
+mod visitors;
 mod workload;
 
 pub use shape::{Dimensions, Layer, Mixer, Mlp, ModelShape, Quantization, Source, Unsplittable};
