@@ -27,7 +27,7 @@ import sys
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 from transformers.core_model_loading import revert_weight_conversion
 
 HERE = pathlib.Path(__file__).parent
@@ -67,18 +67,17 @@ def rows(module, *names):
 
 
 def mixers(model):
-    """(mixer, window, cache elements a token) of each layer, from the modules themselves."""
+    """(mixer, window, cache elements a token) of each layer, from the modules and the cache that generate() makes."""
     found = {}
+    recurrent = ("linear_attn", "mamba", "mixer")
+    cached = [] if any(n.endswith(".mixer") for n, _ in model.named_modules()) else DynamicCache(config=model.config).layers
     for name, module in model.named_modules():
         if OTHER_MODALITIES.search(name) or not ATTENTION.search(name):
             continue
         layer = int(re.search(r"\.(\d+)\.", name).group(1))
         leaf = name.rsplit(".", 1)[1]
-        window = getattr(module, "sliding_window", None)
-        chunk = getattr(module.config, "attention_chunk_size", None) if hasattr(module, "config") else None
-        if chunk and getattr(module, "use_rope", False):
-            window = chunk
-        if leaf in ("linear_attn", "mamba", "mixer"):
+        window = getattr(cached[layer], "sliding_window", None) if layer < len(cached) else None
+        if leaf in recurrent:
             found[layer] = ("recurrent", None, 0)
         elif hasattr(module, "kv_a_proj_with_mqa"):
             found[layer] = ("latent", None, module.kv_a_proj_with_mqa.out_features)

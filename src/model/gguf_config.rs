@@ -1,0 +1,420 @@
+//! Dimensions from the metadata of a GGUF file (keys as llama.cpp's `gguf-py/gguf/constants.py` names them).
+
+use std::path::PathBuf;
+
+use super::config::widest_by_bytes;
+use super::config_reader::{LARGEST_DIMENSION, MOST_EXPERTS, MOST_LAYERS, quoted};
+use super::gguf::{GgufFile, GgufValue};
+use super::{Dimensions, Layer, Mixer, Mlp, Quantization};
+use crate::error::{Error, Result};
+
+/// Architectures that read but do not write.
+const ENCODERS: &[&str] =
+    &["bert", "nomic-bert", "jina-bert-v2", "t5", "t5encoder", "clip", "modern-bert", "neo-bert"];
+
+/// Windowed layers by architecture, as llama.cpp's `llama-model.cpp` sets them: every how manieth layer sees
+/// everything. What is not listed has a window in every layer once its metadata names one.
+const PATTERNS: &[(&str, u64)] = &[
+    ("gemma2", 2),
+    ("gemma3", 6),
+    ("gemma3n", 5),
+    ("cohere2", 4),
+    ("gpt-oss", 2),
+    ("exaone4", 4),
+    ("olmo2", 4),
+    ("llama4", 4),
+];
+
+/// Architectures whose metadata may name a window that llama.cpp does not use.
+const WINDOW_UNUSED: &[&str] = &["qwen2", "qwen2moe", "qwen3", "qwen3moe"];
+
+/// Architectures whose every layer, or all but each n-th, is recurrent: name of the recurrence and that n.
+const RECURRENT: &[(&str, &str, Option<u64>)] = &[
+    ("mamba", "mamba", None),
+    ("mamba2", "mamba", None),
+    ("rwkv6", "rwkv", None),
+    ("rwkv7", "rwkv", None),
+    ("qwen3next", "linear_attention", Some(4)),
+];
+
+/// The dimensions that the metadata of `gguf` states; `name` is what messages call the file.
+///
+/// # Errors
+/// Missing keys, wrong types, absurd values, dimensions that contradict each other or the tensors.
+pub(crate) fn dimensions(gguf: &GgufFile, name: &str) -> Result<Dimensions> {
+    let architecture = match gguf.metadata.get("general.architecture") {
+        Some(GgufValue::Text(text)) if !text.is_empty() => text.as_str(),
+        Some(other) => {
+            return Err(broken(name, format!("general.architecture is {}, wanted a name", shown(other))));
+        }
+        None => {
+            return Err(broken(
+                name,
+                "there is no general.architecture; the file was not written for a model",
+            ));
+        }
+    };
+    if ENCODERS.contains(&architecture) {
+        return Err(Error::NoModel {
+            path: PathBuf::from(name),
+            found: format!("an encoder (general.architecture \"{architecture}\")"),
+            wanted: "a decoder language model (one that generates text)".to_owned(),
+        });
+    }
+    let metadata = Metadata { gguf, name, architecture };
+    let hidden = metadata.required("embedding_length", LARGEST_DIMENSION)?;
+    let count = metadata.required("block_count", MOST_LAYERS)?;
+    let count = usize::try_from(count).map_err(|_| broken(name, "the layers do not fit into memory"))?;
+    let attention = Attention::read(&metadata, hidden, count)?;
+    let mixers = metadata.mixers(&attention, count)?;
+    let mlps = metadata.mlps(count)?;
+    let layers: Vec<Layer> = mixers.into_iter().zip(mlps).map(|(mixer, mlp)| Layer { mixer, mlp }).collect();
+    let query_heads = attention.query.iter().copied().max().unwrap_or(0);
+    let latent = attention.latent.is_some();
+    Ok(Dimensions {
+        architecture: architecture.to_owned(),
+        hidden,
+        vocabulary: metadata.vocabulary()?,
+        query_heads,
+        kv_heads: if latent { query_heads } else { attention.kv.iter().copied().max().unwrap_or(0) },
+        head_dim: attention.key_dim,
+        intermediate: widest_by_bytes(&layers),
+        max_positions: metadata.number("context_length", 1 << 40)?,
+        tied_embeddings: !gguf.tensors.iter().any(|tensor| tensor.name == "output.weight"),
+        // llama.cpp's cache and activations are float16 unless asked otherwise.
+        element_bytes: 2,
+        layers,
+        quantization: if gguf.tensors.iter().any(|tensor| tensor.block > 1) {
+            Quantization::Gguf
+        } else {
+            Quantization::None
+        },
+    })
+}
+
+struct Attention {
+    query: Vec<u64>,
+    kv: Vec<u64>,
+    key_dim: u64,
+    value_dim: u64,
+    /// Latent and rotary dimensions of multi-head latent attention.
+    latent: Option<(u64, u64)>,
+}
+
+impl Attention {
+    fn read(metadata: &Metadata<'_>, hidden: u64, layers: usize) -> Result<Self> {
+        let name = metadata.name;
+        let recurrent = RECURRENT.iter().any(|entry| entry.0 == metadata.architecture && entry.2.is_none());
+        let query = match metadata.per_layer("attention.head_count", layers, LARGEST_DIMENSION)? {
+            Some(query) => query,
+            None if recurrent => vec![0; layers],
+            None => return Err(metadata.missing("attention.head_count")),
+        };
+        let kv = metadata
+            .per_layer("attention.head_count_kv", layers, LARGEST_DIMENSION)?
+            .unwrap_or_else(|| query.clone());
+        let most = query.iter().copied().max().unwrap_or(0);
+        if most == 0 && !recurrent {
+            return Err(broken(name, "attention.head_count is 0, wanted at least one head"));
+        }
+        let bad = query
+            .iter()
+            .zip(&kv)
+            .enumerate()
+            .find(|(_, (query, kv))| query.checked_rem(**kv).unwrap_or(0) != 0);
+        if let Some((layer, (query, kv))) = bad {
+            return Err(Error::Contradiction {
+                source_name: name.to_owned(),
+                left: format!("{query} attention heads in layer {layer}"),
+                right: format!("{kv} key and value heads, of which they are no multiple"),
+                remedy: "convert the model again".to_owned(),
+            });
+        }
+        let key = metadata.number("attention.key_length", LARGEST_DIMENSION)?;
+        let value = metadata.number("attention.value_length", LARGEST_DIMENSION)?;
+        let derived = match (key, hidden.checked_rem(most)) {
+            (Some(key), _) => key,
+            (None, Some(0)) => hidden / most.max(1),
+            (None, None) => 0,
+            (None, Some(_)) => {
+                return Err(Error::Contradiction {
+                    source_name: name.to_owned(),
+                    left: format!("an embedding length of {hidden}"),
+                    right: format!("{most} attention heads, which do not divide it"),
+                    remedy: "convert the model again, with attention.key_length".to_owned(),
+                });
+            }
+        };
+        let latent = metadata.number("attention.kv_lora_rank", LARGEST_DIMENSION)?.filter(|rank| *rank > 0);
+        let latent = match latent {
+            Some(rank) => Some((rank, metadata.required("rope.dimension_count", LARGEST_DIMENSION)?)),
+            None => None,
+        };
+        // Newer conversions of latent attention state the compressed lengths, and the heads' own beside them.
+        let own = metadata.number("attention.key_length_mla", LARGEST_DIMENSION)?;
+        let key_dim = if latent.is_some() { own.unwrap_or(derived) } else { derived };
+        if most.checked_mul(key_dim.max(1)).is_none_or(|columns| columns > LARGEST_DIMENSION) {
+            return Err(broken(
+                name,
+                format!("{most} heads of {key_dim} elements are more than {LARGEST_DIMENSION} columns"),
+            ));
+        }
+        Ok(Self { query, kv, key_dim, value_dim: value.unwrap_or(key_dim), latent })
+    }
+}
+
+struct Metadata<'a> {
+    gguf: &'a GgufFile,
+    name: &'a str,
+    architecture: &'a str,
+}
+
+impl Metadata<'_> {
+    fn mixers(&self, attention: &Attention, layers: usize) -> Result<Vec<Mixer>> {
+        let window = self.number("attention.sliding_window", LARGEST_DIMENSION)?.filter(|window| *window > 0);
+        let window = window.filter(|_| !WINDOW_UNUSED.contains(&self.architecture));
+        let chunk = self.number("attention.chunk_size", LARGEST_DIMENSION)?.filter(|chunk| *chunk > 0);
+        let listed = PATTERNS.iter().find(|entry| entry.0 == self.architecture).map(|entry| entry.1);
+        // A number is "every how manieth layer sees everything"; an array says it of each layer.
+        let (pattern, each) = match self.value("attention.sliding_window_pattern").map(|found| found.1) {
+            Some(GgufValue::Numbers(list)) => {
+                (None, Some(self.length("attention.sliding_window_pattern", list, layers)?))
+            }
+            _ => (self.number("attention.sliding_window_pattern", MOST_LAYERS)?.or(listed), None),
+        };
+        let windowed = |layer: u64| match (&each, pattern) {
+            (Some(each), _) => {
+                each.get(usize::try_from(layer).unwrap_or(usize::MAX)).is_some_and(|flag| *flag != 0.0)
+            }
+            (None, Some(pattern)) => (layer + 1).checked_rem(pattern) != Some(0),
+            (None, None) => true,
+        };
+        let recurrence = RECURRENT.iter().find(|entry| entry.0 == self.architecture);
+        let state = match recurrence {
+            Some(_) => Some(self.state_elements()?),
+            None => self
+                .number("ssm.state_size", LARGEST_DIMENSION)?
+                .map(|_| self.state_elements())
+                .transpose()?,
+        };
+        let interval = match self.number("full_attention_interval", MOST_LAYERS)? {
+            Some(interval) if interval > 0 => Some(interval),
+            _ => recurrence.and_then(|entry| entry.2),
+        };
+        let heads = attention.query.iter().zip(&attention.kv).zip(0_u64..);
+        Ok(heads
+            .map(|((query, kv), layer)| {
+                // Hybrids write no KV heads for layers without attention.
+                let recurrent = match (recurrence, interval) {
+                    (Some(_), None) => true,
+                    (_, Some(interval)) => state.is_some() && (layer + 1) % interval != 0,
+                    (None, None) => state.is_some() && *kv == 0,
+                };
+                let named = recurrence.map_or("mamba", |entry| entry.1);
+                match (recurrent, state, attention.latent) {
+                    (true, Some(state_elements), _) => {
+                        Mixer::Recurrent { name: named.to_owned(), state_elements }
+                    }
+                    (_, _, _) if *query == 0 || *kv == 0 => Mixer::None,
+                    (_, _, Some((latent_dim, rope_dim))) => {
+                        Mixer::Latent { query_heads: *query, latent_dim, rope_dim }
+                    }
+                    _ => Mixer::Attention {
+                        query_heads: *query,
+                        kv_heads: *kv,
+                        key_dim: attention.key_dim,
+                        value_dim: attention.value_dim,
+                        window: window.or(chunk).filter(|_| windowed(layer)),
+                    },
+                }
+            })
+            .collect())
+    }
+
+    /// The recurrence's matrix and its short convolution (llama.cpp's `n_embd_s` and `n_embd_r`).
+    fn state_elements(&self) -> Result<u64> {
+        let hidden = self.required("embedding_length", LARGEST_DIMENSION)?;
+        if self.architecture.starts_with("rwkv") {
+            let head = self.required("wkv.head_size", LARGEST_DIMENSION)?;
+            return hidden
+                .checked_mul(head + 2)
+                .ok_or_else(|| broken(self.name, "the state has more than 2^64 elements"));
+        }
+        let inner = self.required("ssm.inner_size", LARGEST_DIMENSION)?;
+        let state = self.required("ssm.state_size", LARGEST_DIMENSION)?;
+        let kernel = self.required("ssm.conv_kernel", LARGEST_DIMENSION)?;
+        let groups = self.number("ssm.group_count", LARGEST_DIMENSION)?.unwrap_or(0);
+        // Below 2^24 each: no sum or product of these reaches 2^64 but the last.
+        let convolved =
+            (2 * groups * state).checked_add(inner).and_then(|columns| columns.checked_mul(kernel - 1));
+        (inner * state)
+            .checked_add(convolved.unwrap_or(u64::MAX))
+            .ok_or_else(|| broken(self.name, "the state has more than 2^64 elements"))
+    }
+
+    fn mlps(&self, layers: usize) -> Result<Vec<Mlp>> {
+        let dense = self.per_layer("feed_forward_length", layers, LARGEST_DIMENSION)?;
+        let experts = self.number("expert_count", MOST_EXPERTS)?.filter(|count| *count > 1);
+        let Some(count) = experts else {
+            let bare = RECURRENT.iter().any(|entry| entry.0 == self.architecture);
+            return match dense {
+                Some(widths) => Ok(widths
+                    .into_iter()
+                    .map(|width| if width == 0 { Mlp::None } else { Mlp::Dense { width } })
+                    .collect()),
+                None if bare => Ok(vec![Mlp::None; layers]),
+                None => Err(self.missing("feed_forward_length")),
+            };
+        };
+        let active = self.required("expert_used_count", MOST_EXPERTS)?;
+        if active > count {
+            return Err(Error::Contradiction {
+                source_name: self.name.to_owned(),
+                left: format!("{active} experts a token"),
+                right: format!("{count} experts in all"),
+                remedy: "convert the model again".to_owned(),
+            });
+        }
+        let widest = dense.as_ref().and_then(|widths| widths.iter().copied().max());
+        let width = match (self.number("expert_feed_forward_length", LARGEST_DIMENSION)?, widest) {
+            (Some(width), _) | (None, Some(width)) if width > 0 => width,
+            _ => return Err(self.missing("expert_feed_forward_length")),
+        };
+        let shared_width = match self.number("expert_shared_feed_forward_length", LARGEST_DIMENSION)? {
+            Some(width) => width,
+            None => width.saturating_mul(self.number("expert_shared_count", MOST_EXPERTS)?.unwrap_or(0)),
+        };
+        let first = self.number("leading_dense_block_count", MOST_LAYERS)?.unwrap_or(0);
+        let step = self.number("interleave_moe_layer_step", MOST_LAYERS)?.unwrap_or(1).max(1);
+        let dense = dense.unwrap_or_else(|| vec![0; layers]);
+        Ok(dense
+            .into_iter()
+            .zip(0_u64..)
+            .map(|(dense, layer)| {
+                if layer >= first && (layer + 1) % step == 0 {
+                    Mlp::Experts { count, active, width, shared_width }
+                } else if dense == 0 {
+                    Mlp::None
+                } else {
+                    Mlp::Dense { width: dense }
+                }
+            })
+            .collect())
+    }
+
+    /// From its own key, else from the tokens, else from the embedding's rows.
+    fn vocabulary(&self) -> Result<u64> {
+        if let Some(size) = self.number("vocab_size", LARGEST_DIMENSION)?.filter(|size| *size > 0) {
+            return Ok(size);
+        }
+        // The embedding may be padded beyond the tokens; its rows are what is split.
+        let rows = self.gguf.tensors.iter().find(|tensor| tensor.name == "token_embd.weight");
+        let tokens = match self.gguf.metadata.get("tokenizer.ggml.tokens") {
+            Some(GgufValue::Skipped { count }) => Some(*count),
+            _ => None,
+        };
+        let size = rows.and_then(|tensor| tensor.shape.first().copied()).or(tokens);
+        size.filter(|size| (1..=LARGEST_DIMENSION).contains(size)).ok_or_else(|| {
+            broken(
+                self.name,
+                format!(
+                    "the vocabulary's size is missing: looked for {}, the tensor token_embd.weight and \
+                     tokenizer.ggml.tokens, found {size:?}; convert the model again",
+                    quoted(&[&self.key("vocab_size")])
+                ),
+            )
+        })
+    }
+
+    fn key(&self, key: &str) -> String {
+        format!("{}.{key}", self.architecture)
+    }
+
+    fn value(&self, key: &str) -> Option<(String, &GgufValue)> {
+        let key = self.key(key);
+        let value = self.gguf.metadata.get(&key)?;
+        Some((key, value))
+    }
+
+    fn number(&self, key: &str, most: u64) -> Result<Option<u64>> {
+        let Some((key, value)) = self.value(key) else { return Ok(None) };
+        // Some converters write an array where all layers agree.
+        let value = match value {
+            GgufValue::Unsigned(number) => Some(*number),
+            GgufValue::Signed(number) => u64::try_from(*number).ok(),
+            GgufValue::Numbers(list) => match list.first() {
+                Some(first) if list.iter().all(|other| (other - first).abs() < 0.5) => whole(*first),
+                _ => None,
+            },
+            _ => None,
+        };
+        match value {
+            Some(number) if number <= most => Ok(Some(number)),
+            _ => Err(self.wrong(&key, most)),
+        }
+    }
+
+    fn required(&self, key: &str, most: u64) -> Result<u64> {
+        match self.number(key, most)? {
+            None => Err(self.missing(key)),
+            Some(0) => Err(self.wrong(&self.key(key), most)),
+            Some(number) => Ok(number),
+        }
+    }
+
+    /// One number for all layers, or an array of them.
+    fn per_layer(&self, key: &str, layers: usize, most: u64) -> Result<Option<Vec<u64>>> {
+        let Some((full, GgufValue::Numbers(list))) = self.value(key) else {
+            return Ok(self.number(key, most)?.map(|number| vec![number; layers]));
+        };
+        let one = |value: &f64| {
+            whole(*value).filter(|number| *number <= most).ok_or_else(|| self.wrong(&full, most))
+        };
+        self.length(key, list, layers)?.iter().map(one).collect::<Result<Vec<_>>>().map(Some)
+    }
+
+    fn length<'b>(&self, key: &str, list: &'b [f64], layers: usize) -> Result<&'b [f64]> {
+        if list.len() == layers {
+            return Ok(list);
+        }
+        Err(Error::Contradiction {
+            source_name: self.name.to_owned(),
+            left: format!("{} with {} entries", self.key(key), list.len()),
+            right: format!("{} of {layers}", self.key("block_count")),
+            remedy: "convert the model again".to_owned(),
+        })
+    }
+
+    fn wrong(&self, key: &str, most: u64) -> Error {
+        let got = self.gguf.metadata.get(key).map_or_else(|| "missing".to_owned(), shown);
+        broken(
+            self.name,
+            format!("{key} is {got}, wanted a whole number up to {most}; convert the model again"),
+        )
+    }
+
+    fn missing(&self, key: &str) -> Error {
+        broken(self.name, format!("{} is missing; convert the model again", quoted(&[&self.key(key)])))
+    }
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+fn whole(value: f64) -> Option<u64> {
+    (value.fract() == 0.0 && (0.0..=1e15).contains(&value)).then_some(value as u64)
+}
+
+fn shown(value: &GgufValue) -> String {
+    match value {
+        GgufValue::Unsigned(number) => number.to_string(),
+        GgufValue::Signed(number) => number.to_string(),
+        GgufValue::Float(number) => number.to_string(),
+        GgufValue::Bool(flag) => flag.to_string(),
+        GgufValue::Text(text) => format!("{:?}", text.chars().take(60).collect::<String>()),
+        GgufValue::Numbers(list) => format!("an array of {} numbers", list.len()),
+        GgufValue::Skipped { count } => format!("an array of {count}"),
+    }
+}
+
+fn broken(name: &str, problem: impl Into<String>) -> Error {
+    Error::BrokenHeader { path: PathBuf::from(name), format: "GGUF header", problem: problem.into() }
+}
