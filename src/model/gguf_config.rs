@@ -28,6 +28,9 @@ const PATTERNS: &[(&str, u64)] = &[
 /// Architectures whose metadata may name a window that llama.cpp does not use.
 const WINDOW_UNUSED: &[&str] = &["qwen2", "qwen2moe", "qwen3", "qwen3moe"];
 
+/// Windows that llama.cpp keeps in its code: the attention chunks of Llama 4.
+const UNWRITTEN: &[(&str, u64)] = &[("llama4", 8192)];
+
 /// Architectures whose every layer, or all but each n-th, is recurrent: name of the recurrence and that n.
 const RECURRENT: &[(&str, &str, Option<u64>)] = &[
     ("mamba", "mamba", None),
@@ -36,6 +39,9 @@ const RECURRENT: &[(&str, &str, Option<u64>)] = &[
     ("rwkv7", "rwkv", None),
     ("qwen3next", "linear_attention", Some(4)),
 ];
+
+/// Architectures with two mixers in one layer.
+const SIDE_BY_SIDE: &[&str] = &["falcon-h1"];
 
 /// The dimensions that the metadata of `gguf` states; `name` is what messages call the file.
 ///
@@ -59,6 +65,16 @@ pub(crate) fn dimensions(gguf: &GgufFile, name: &str) -> Result<Dimensions> {
             path: PathBuf::from(name),
             found: format!("an encoder (general.architecture \"{architecture}\")"),
             wanted: "a decoder language model (one that generates text)".to_owned(),
+        });
+    }
+    if SIDE_BY_SIDE.contains(&architecture) {
+        return Err(Error::NoModel {
+            path: PathBuf::from(name),
+            found: format!(
+                "layers that hold attention and a state-space mixer side by side ({architecture})"
+            ),
+            wanted: "layers with one mixer each, whose cache can be told; such a model cannot be planned"
+                .to_owned(),
         });
     }
     let metadata = Metadata { gguf, name, architecture };
@@ -173,7 +189,8 @@ impl Metadata<'_> {
     fn mixers(&self, attention: &Attention, layers: usize) -> Result<Vec<Mixer>> {
         let window = self.number("attention.sliding_window", LARGEST_DIMENSION)?.filter(|window| *window > 0);
         let window = window.filter(|_| !WINDOW_UNUSED.contains(&self.architecture));
-        let chunk = self.number("attention.chunk_size", LARGEST_DIMENSION)?.filter(|chunk| *chunk > 0);
+        let window = window
+            .or_else(|| UNWRITTEN.iter().find(|entry| entry.0 == self.architecture).map(|entry| entry.1));
         let listed = PATTERNS.iter().find(|entry| entry.0 == self.architecture).map(|entry| entry.1);
         // A number is "every how manieth layer sees everything"; an array says it of each layer.
         let (pattern, each) = match self.value("attention.sliding_window_pattern").map(|found| found.1) {
@@ -189,46 +206,64 @@ impl Metadata<'_> {
             (None, Some(pattern)) => (layer + 1).checked_rem(pattern) != Some(0),
             (None, None) => true,
         };
-        let recurrence = RECURRENT.iter().find(|entry| entry.0 == self.architecture);
-        let state = match recurrence {
-            Some(_) => Some(self.state_elements()?),
-            None => self
-                .number("ssm.state_size", LARGEST_DIMENSION)?
-                .map(|_| self.state_elements())
-                .transpose()?,
-        };
-        let interval = match self.number("full_attention_interval", MOST_LAYERS)? {
-            Some(interval) if interval > 0 => Some(interval),
-            _ => recurrence.and_then(|entry| entry.2),
-        };
-        let heads = attention.query.iter().zip(&attention.kv).zip(0_u64..);
+        let (named, state, recurrent) = self.recurrences(&attention.kv)?;
+        let heads = attention.query.iter().zip(&attention.kv).zip(recurrent).zip(0_u64..);
         Ok(heads
-            .map(|((query, kv), layer)| {
-                // Hybrids write no KV heads for layers without attention.
-                let recurrent = match (recurrence, interval) {
-                    (Some(_), None) => true,
-                    (_, Some(interval)) => state.is_some() && (layer + 1) % interval != 0,
-                    (None, None) => state.is_some() && *kv == 0,
-                };
-                let named = recurrence.map_or("mamba", |entry| entry.1);
-                match (recurrent, state, attention.latent) {
-                    (true, Some(state_elements), _) => {
-                        Mixer::Recurrent { name: named.to_owned(), state_elements }
-                    }
-                    (_, _, _) if *query == 0 || *kv == 0 => Mixer::None,
-                    (_, _, Some((latent_dim, rope_dim))) => {
-                        Mixer::Latent { query_heads: *query, latent_dim, rope_dim }
-                    }
-                    _ => Mixer::Attention {
-                        query_heads: *query,
-                        kv_heads: *kv,
-                        key_dim: attention.key_dim,
-                        value_dim: attention.value_dim,
-                        window: window.or(chunk).filter(|_| windowed(layer)),
-                    },
+            .map(|(((query, kv), recurrent), layer)| match (recurrent, attention.latent) {
+                (true, _) => Mixer::Recurrent { name: named.to_owned(), state_elements: state },
+                _ if *query == 0 || *kv == 0 => Mixer::None,
+                (_, Some((latent_dim, rope_dim))) => {
+                    Mixer::Latent { query_heads: *query, latent_dim, rope_dim }
                 }
+                _ => Mixer::Attention {
+                    query_heads: *query,
+                    kv_heads: *kv,
+                    key_dim: attention.key_dim,
+                    value_dim: attention.value_dim,
+                    window: window.filter(|_| windowed(layer)),
+                },
             })
             .collect())
+    }
+
+    /// Name and state of the recurrence, and which layers have it: those with its tensors, else by the metadata.
+    fn recurrences(&self, kv: &[u64]) -> Result<(&'static str, u64, Vec<bool>)> {
+        let listed = RECURRENT.iter().find(|entry| entry.0 == self.architecture);
+        let named = listed.map_or("mamba", |entry| entry.1);
+        if listed.is_none() && self.number("ssm.state_size", LARGEST_DIMENSION)?.is_none() {
+            return Ok((named, 0, vec![false; kv.len()]));
+        }
+        let state = self.state_elements()?;
+        if let Some(layers) = self.layers_with("ssm_conv1d.weight", kv.len()) {
+            return Ok((named, state, layers));
+        }
+        let interval = match self.number("full_attention_interval", MOST_LAYERS)? {
+            Some(interval) if interval > 0 => Some(interval),
+            _ => listed.and_then(|entry| entry.2),
+        };
+        // Hybrids write no KV heads for layers without attention.
+        let one = |(kv, layer): (&u64, u64)| match interval {
+            Some(interval) => (layer + 1) % interval != 0,
+            None => listed.is_some() || *kv == 0,
+        };
+        Ok((named, state, kv.iter().zip(0_u64..).map(one).collect()))
+    }
+
+    /// Which layers have a tensor of this name; `None` where no layer has.
+    fn layers_with(&self, tensor: &str, layers: usize) -> Option<Vec<bool>> {
+        let mut found = vec![false; layers];
+        for tensor_info in &self.gguf.tensors {
+            let layer = tensor_info
+                .name
+                .strip_prefix("blk.")
+                .and_then(|rest| rest.strip_suffix(tensor))
+                .and_then(|rest| rest.strip_suffix('.'))
+                .and_then(|layer| layer.parse::<usize>().ok());
+            if let Some(flag) = layer.and_then(|layer| found.get_mut(layer)) {
+                *flag = true;
+            }
+        }
+        found.contains(&true).then_some(found)
     }
 
     /// The recurrence's matrix and its short convolution (llama.cpp's `n_embd_s` and `n_embd_r`).
@@ -280,18 +315,27 @@ impl Metadata<'_> {
             (Some(width), _) | (None, Some(width)) if width > 0 => width,
             _ => return Err(self.missing("expert_feed_forward_length")),
         };
-        let shared_width = match self.number("expert_shared_feed_forward_length", LARGEST_DIMENSION)? {
-            Some(width) => width,
-            None => width.saturating_mul(self.number("expert_shared_count", MOST_EXPERTS)?.unwrap_or(0)),
-        };
+        // Llama 4 and others say nothing of their shared expert; its tensors do.
+        let shared = self.gguf.tensors.iter().find(|tensor| tensor.name.ends_with(".ffn_up_shexp.weight"));
+        let shared =
+            shared.and_then(|tensor| tensor.shape.first().copied()).filter(|w| *w <= LARGEST_DIMENSION);
+        let shared_width =
+            match (shared, self.number("expert_shared_feed_forward_length", LARGEST_DIMENSION)?) {
+                (Some(width), _) | (None, Some(width)) => width,
+                _ => width.saturating_mul(self.number("expert_shared_count", MOST_EXPERTS)?.unwrap_or(0)),
+            };
         let first = self.number("leading_dense_block_count", MOST_LAYERS)?.unwrap_or(0);
         let step = self.number("interleave_moe_layer_step", MOST_LAYERS)?.unwrap_or(1).max(1);
         let dense = dense.unwrap_or_else(|| vec![0; layers]);
+        // A layer with a router has experts, whatever the metadata leaves out.
+        let sparse = self.layers_with("ffn_gate_inp.weight", layers).unwrap_or_else(|| {
+            (0_u64..).take(layers).map(|layer| layer >= first && (layer + 1) % step == 0).collect()
+        });
         Ok(dense
             .into_iter()
-            .zip(0_u64..)
-            .map(|(dense, layer)| {
-                if layer >= first && (layer + 1) % step == 0 {
+            .zip(sparse)
+            .map(|(dense, sparse)| {
+                if sparse {
                     Mlp::Experts { count, active, width, shared_width }
                 } else if dense == 0 {
                     Mlp::None
