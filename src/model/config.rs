@@ -81,11 +81,9 @@ pub(crate) fn dimensions(config: &Value, name: &str) -> Result<Dimensions> {
     let layers = layer_count(&config)?;
     let vocabulary = config.required(VOCABULARY, "the vocabulary's size")?;
     let kinds = kinds(&config, layers)?;
-    let attention = match kinds.iter().any(|kind| matches!(kind, Kind::Full | Kind::Window(_))) {
-        true => Some(Attention::read(&config, hidden, layers)?),
-        false => None,
-    };
-    let mixers = kinds.into_iter().enumerate().map(|(layer, kind)| mixer(kind, layer, attention.as_ref()));
+    let attends = kinds.iter().any(|kind| matches!(kind, Kind::Full | Kind::Window(_)));
+    let attention = attends.then(|| Attention::read(&config, hidden, layers)).transpose()?;
+    let mixers = kinds.iter().enumerate().map(|(layer, kind)| mixer(kind, layer, attention.as_ref()));
     let layers: Vec<Layer> = {
         let mixers = mixers.collect::<Result<Vec<_>>>()?;
         let mlps = mlps(&config, hidden, &mixers)?;
@@ -140,7 +138,14 @@ fn decoder(config: &Config<'_>) -> Result<()> {
 }
 
 fn layer_count(config: &Config<'_>) -> Result<usize> {
-    let layers = config.required(LAYERS, "the number of layers")?;
+    let layers = match config.size(LAYERS)? {
+        Some(layers) => layers,
+        // Nemotron-H says it with the list alone.
+        None => match config.texts(&["layer_types", "layers_block_type"])? {
+            Some((_, list)) if !list.is_empty() => list.len() as u64,
+            _ => return Err(config.missing(LAYERS, "the number of layers")),
+        },
+    };
     usize::try_from(layers).ok().filter(|_| layers <= MOST_LAYERS).ok_or_else(|| {
         config.broken(format!("{layers} layers, wanted 1 to {MOST_LAYERS}; correct the number of layers"))
     })
@@ -149,7 +154,7 @@ fn layer_count(config: &Config<'_>) -> Result<usize> {
 /// What the attention layers have in common.
 enum Attention {
     /// One entry a layer.
-    Heads { query: Vec<u64>, kv: Vec<u64>, head_dim: u64, full_head_dim: u64 },
+    Heads { query: Vec<u64>, kv: Vec<u64>, head_dim: u64, full_head_dim: u64, value_dim: Option<u64> },
     /// Multi-head latent attention.
     Latent { query: u64, latent: u64, rope: u64, head_dim: u64 },
 }
@@ -169,12 +174,22 @@ impl Attention {
             let rope = config.required(&["qk_rope_head_dim"], "the dimension of the rotary key")?;
             let plain = config.required(&["qk_nope_head_dim"], "the dimension of the plain key")?;
             config.required(&["v_head_dim"], "the dimension of a value head")?;
+            if let Some((key, value)) = config.get(&["index_head_dim"]) {
+                return Err(Error::NoModel {
+                    path: config.name().into(),
+                    found: format!(
+                        "sparse attention whose indexer caches keys of its own ({key} {})",
+                        short(value)
+                    ),
+                    wanted: "attention whose cache can be told; such a model cannot be planned".to_owned(),
+                });
+            }
             return Ok(Self::Latent { query: most, latent, rope, head_dim: plain + rope });
         }
         let kv = kv_heads(config, &query)?;
         let head_dim = match config.size(HEAD_DIM)? {
             Some(head_dim) => head_dim,
-            None if hidden % most == 0 => hidden / most,
+            None if hidden.is_multiple_of(most) => hidden / most,
             None => {
                 return Err(config.contradiction(
                     format!("a hidden size of {hidden}"),
@@ -191,7 +206,8 @@ impl Attention {
                 head_dim.max(full_head_dim)
             )));
         }
-        Ok(Self::Heads { query, kv, head_dim, full_head_dim })
+        let value_dim = config.size(&["v_head_dim"])?;
+        Ok(Self::Heads { query, kv, head_dim, full_head_dim, value_dim })
     }
 
     /// Query heads, KV heads and head dimension of the layers that have the most.
@@ -238,27 +254,33 @@ fn kv_heads(config: &Config<'_>, queries: &[u64]) -> Result<Vec<u64>> {
     Ok(kv)
 }
 
-fn mixer(kind: Kind, layer: usize, attention: Option<&Attention>) -> Result<Mixer> {
+fn mixer(kind: &Kind, layer: usize, attention: Option<&Attention>) -> Result<Mixer> {
     let window = match kind {
         Kind::None => return Ok(Mixer::None),
         Kind::Recurrent { name, state_elements } => {
-            return Ok(Mixer::Recurrent { name: name.to_owned(), state_elements });
+            return Ok(Mixer::Recurrent { name: (*name).to_owned(), state_elements: *state_elements });
         }
         Kind::Full => None,
-        Kind::Window(window) => Some(window),
+        Kind::Window(window) => Some(*window),
     };
     Ok(match attention {
         Some(Attention::Latent { query, latent, rope, .. }) => {
             Mixer::Latent { query_heads: *query, latent_dim: *latent, rope_dim: *rope }
         }
-        Some(Attention::Heads { query, kv, head_dim, full_head_dim }) => {
+        Some(Attention::Heads { query, kv, head_dim, full_head_dim, value_dim }) => {
             let dim = if window.is_none() { *full_head_dim } else { *head_dim };
             let query_heads = query.get(layer).copied().unwrap_or(0);
             if query_heads == 0 {
                 return Ok(Mixer::None);
             }
             let kv_heads = kv.get(layer).copied().unwrap_or(0);
-            Mixer::Attention { query_heads, kv_heads, key_dim: dim, value_dim: dim, window }
+            Mixer::Attention {
+                query_heads,
+                kv_heads,
+                key_dim: dim,
+                value_dim: value_dim.unwrap_or(dim),
+                window,
+            }
         }
         None => Mixer::None,
     })

@@ -1,4 +1,5 @@
 //! What transformers fills in for keys that a configuration leaves out, for each architecture.
+//! Written by `tests/data/record_defaults.py`.
 
 /// A class default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +20,8 @@ pub(super) type Defaults = &'static [(&'static str, ClassDefault)];
 
 /// Field defaults of the configuration classes of transformers 5.17, for the keys that decide dimensions,
 /// joined where classes agree. `sliding_window_pattern` and `full_attention_interval` are what their
-/// constructors use when no `layer_types` is given. Flags that are false everywhere are left out.
+/// constructors use when no `layer_types` is given. Flags that are false mean the same as no flag, and are left
+/// out but for two.
 #[rustfmt::skip]
 pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["llama", "granite"], &[
@@ -28,24 +30,24 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
         ("vocab_size", Nested(32000)), ("max_position_embeddings", Nested(2048)),
         ("tie_word_embeddings", Flag(false)),
     ]),
-    (&["mistral", "ministral"], &[
+    (&["mistral"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(14336)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(32000)), ("max_position_embeddings", Nested(131072)),
+        ("vocab_size", Nested(32000)), ("max_position_embeddings", Nested(131_072)),
         ("num_key_value_heads", Number(8)), ("sliding_window", Number(4096)),
         ("tie_word_embeddings", Flag(false)),
     ]),
     (&["mixtral", "minimax"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(14336)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(32000)), ("max_position_embeddings", Nested(131072)),
+        ("vocab_size", Nested(32000)), ("max_position_embeddings", Nested(131_072)),
         ("num_local_experts", Nested(8)), ("num_experts_per_tok", Nested(2)),
         ("num_key_value_heads", Number(8)), ("tie_word_embeddings", Flag(false)),
     ]),
     (&["qwen2"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(22016)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(151936)), ("max_position_embeddings", Nested(32768)),
+        ("vocab_size", Nested(151_936)), ("max_position_embeddings", Nested(32768)),
         ("num_key_value_heads", Number(32)), ("sliding_window", Number(4096)),
         ("max_window_layers", Number(28)), ("tie_word_embeddings", Flag(false)),
         ("use_sliding_window", Flag(false)),
@@ -53,7 +55,7 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["qwen3"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(22016)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(151936)), ("max_position_embeddings", Nested(32768)),
+        ("vocab_size", Nested(151_936)), ("max_position_embeddings", Nested(32768)),
         ("num_key_value_heads", Number(32)), ("head_dim", Number(128)), ("sliding_window", Number(4096)),
         ("max_window_layers", Number(28)), ("tie_word_embeddings", Flag(false)),
         ("use_sliding_window", Flag(false)),
@@ -61,17 +63,17 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["qwen2_moe"], &[
         ("hidden_size", Nested(2048)), ("intermediate_size", Nested(5632)),
         ("num_hidden_layers", Nested(24)), ("num_attention_heads", Nested(16)),
-        ("vocab_size", Nested(151936)), ("max_position_embeddings", Nested(32768)),
+        ("vocab_size", Nested(151_936)), ("max_position_embeddings", Nested(32768)),
         ("moe_intermediate_size", Nested(1408)), ("shared_expert_intermediate_size", Nested(5632)),
         ("num_experts", Nested(60)), ("num_experts_per_tok", Nested(4)),
         ("num_key_value_heads", Number(16)), ("sliding_window", Number(4096)),
         ("max_window_layers", Number(28)), ("decoder_sparse_step", Number(1)),
-        ("tie_word_embeddings", Flag(false)), ("qkv_bias", Flag(true)), ("use_sliding_window", Flag(false)),
+        ("tie_word_embeddings", Flag(false)), ("use_sliding_window", Flag(false)), ("qkv_bias", Flag(true)),
     ]),
     (&["qwen3_moe"], &[
         ("hidden_size", Nested(2048)), ("intermediate_size", Nested(6144)),
         ("num_hidden_layers", Nested(24)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(151936)), ("max_position_embeddings", Nested(32768)),
+        ("vocab_size", Nested(151_936)), ("max_position_embeddings", Nested(32768)),
         ("moe_intermediate_size", Nested(768)), ("num_experts", Nested(128)),
         ("num_experts_per_tok", Nested(8)), ("num_key_value_heads", Number(4)),
         ("sliding_window", Number(4096)), ("decoder_sparse_step", Number(1)),
@@ -80,7 +82,7 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["qwen3_next"], &[
         ("hidden_size", Nested(2048)), ("intermediate_size", Nested(5632)),
         ("num_hidden_layers", Nested(48)), ("num_attention_heads", Nested(16)),
-        ("vocab_size", Nested(151936)), ("max_position_embeddings", Nested(32768)),
+        ("vocab_size", Nested(151_936)), ("max_position_embeddings", Nested(32768)),
         ("moe_intermediate_size", Nested(512)), ("shared_expert_intermediate_size", Nested(512)),
         ("num_experts", Nested(512)), ("num_experts_per_tok", Nested(10)),
         ("num_key_value_heads", Number(2)), ("head_dim", Number(256)), ("decoder_sparse_step", Number(1)),
@@ -92,7 +94,7 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["qwen3_5_text"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(12288)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(16)),
-        ("vocab_size", Nested(248320)), ("max_position_embeddings", Nested(32768)),
+        ("vocab_size", Nested(248_320)), ("max_position_embeddings", Nested(32768)),
         ("num_key_value_heads", Number(4)), ("head_dim", Number(256)),
         ("linear_conv_kernel_dim", Number(4)), ("linear_key_head_dim", Number(128)),
         ("linear_num_key_heads", Number(16)), ("linear_num_value_heads", Number(32)),
@@ -101,7 +103,7 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     ]),
     (&["qwen3_5_moe_text"], &[
         ("hidden_size", Nested(2048)), ("num_hidden_layers", Nested(40)),
-        ("num_attention_heads", Nested(16)), ("vocab_size", Nested(248320)),
+        ("num_attention_heads", Nested(16)), ("vocab_size", Nested(248_320)),
         ("max_position_embeddings", Nested(32768)), ("moe_intermediate_size", Nested(512)),
         ("shared_expert_intermediate_size", Nested(512)), ("num_experts", Nested(256)),
         ("num_experts_per_tok", Nested(8)), ("num_key_value_heads", Number(2)), ("head_dim", Number(256)),
@@ -113,20 +115,20 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["qwen2_vl_text", "qwen2_5_vl_text"], &[
         ("hidden_size", Nested(8192)), ("intermediate_size", Nested(29568)),
         ("num_hidden_layers", Nested(80)), ("num_attention_heads", Nested(64)),
-        ("vocab_size", Nested(152064)), ("max_position_embeddings", Nested(32768)),
+        ("vocab_size", Nested(152_064)), ("max_position_embeddings", Nested(32768)),
         ("num_key_value_heads", Number(8)), ("sliding_window", Number(4096)),
         ("max_window_layers", Number(80)), ("use_sliding_window", Flag(false)),
     ]),
     (&["qwen3_vl_text"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(22016)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(151936)), ("max_position_embeddings", Nested(128000)),
+        ("vocab_size", Nested(151_936)), ("max_position_embeddings", Nested(128_000)),
         ("num_key_value_heads", Number(32)), ("head_dim", Number(128)),
     ]),
     (&["qwen3_vl_moe_text"], &[
         ("hidden_size", Nested(2048)), ("intermediate_size", Nested(5632)),
         ("num_hidden_layers", Nested(24)), ("num_attention_heads", Nested(16)),
-        ("vocab_size", Nested(151936)), ("max_position_embeddings", Nested(128000)),
+        ("vocab_size", Nested(151_936)), ("max_position_embeddings", Nested(128_000)),
         ("moe_intermediate_size", Nested(1408)), ("num_experts", Nested(60)),
         ("num_experts_per_tok", Nested(4)), ("num_key_value_heads", Number(16)),
         ("decoder_sparse_step", Number(1)), ("tie_word_embeddings", Flag(true)),
@@ -134,34 +136,34 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["gemma"], &[
         ("hidden_size", Nested(3072)), ("intermediate_size", Nested(24576)),
         ("num_hidden_layers", Nested(28)), ("num_attention_heads", Nested(16)),
-        ("vocab_size", Nested(256000)), ("max_position_embeddings", Nested(8192)),
+        ("vocab_size", Nested(256_000)), ("max_position_embeddings", Nested(8192)),
         ("num_key_value_heads", Number(16)), ("head_dim", Number(256)), ("tie_word_embeddings", Flag(true)),
     ]),
     (&["gemma2"], &[
         ("hidden_size", Nested(2304)), ("intermediate_size", Nested(9216)),
         ("num_hidden_layers", Nested(26)), ("num_attention_heads", Nested(8)),
-        ("vocab_size", Nested(256000)), ("max_position_embeddings", Nested(8192)),
+        ("vocab_size", Nested(256_000)), ("max_position_embeddings", Nested(8192)),
         ("num_key_value_heads", Number(4)), ("head_dim", Number(256)), ("sliding_window", Number(4096)),
         ("tie_word_embeddings", Flag(true)), ("sliding_window_pattern", Number(2)),
     ]),
     (&["gemma3_text"], &[
         ("hidden_size", Nested(2304)), ("intermediate_size", Nested(9216)),
         ("num_hidden_layers", Nested(26)), ("num_attention_heads", Nested(8)),
-        ("vocab_size", Nested(262208)), ("max_position_embeddings", Nested(131072)),
+        ("vocab_size", Nested(262_208)), ("max_position_embeddings", Nested(131_072)),
         ("num_key_value_heads", Number(4)), ("head_dim", Number(256)), ("sliding_window", Number(4096)),
         ("tie_word_embeddings", Flag(true)), ("sliding_window_pattern", Number(6)),
     ]),
     (&["gemma3n_text"], &[
         ("hidden_size", Nested(2048)), ("intermediate_size", Nested(16384)),
         ("num_hidden_layers", Nested(35)), ("num_attention_heads", Nested(8)),
-        ("vocab_size", Nested(262400)), ("max_position_embeddings", Nested(32768)),
+        ("vocab_size", Nested(262_400)), ("max_position_embeddings", Nested(32768)),
         ("num_key_value_heads", Number(2)), ("head_dim", Number(256)), ("sliding_window", Number(512)),
         ("tie_word_embeddings", Flag(true)), ("sliding_window_pattern", Number(5)),
     ]),
     (&["gemma4_text"], &[
         ("hidden_size", Nested(2304)), ("intermediate_size", Nested(9216)),
         ("num_hidden_layers", Nested(30)), ("num_attention_heads", Nested(8)),
-        ("vocab_size", Nested(262144)), ("max_position_embeddings", Nested(131072)),
+        ("vocab_size", Nested(262_144)), ("max_position_embeddings", Nested(131_072)),
         ("num_key_value_heads", Number(4)), ("head_dim", Number(256)), ("sliding_window", Number(512)),
         ("tie_word_embeddings", Flag(true)), ("sliding_window_pattern", Number(6)),
     ]),
@@ -180,14 +182,14 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["phimoe"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(6400)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(32064)), ("max_position_embeddings", Nested(131072)),
+        ("vocab_size", Nested(32064)), ("max_position_embeddings", Nested(131_072)),
         ("num_local_experts", Nested(16)), ("num_experts_per_tok", Nested(2)),
         ("num_key_value_heads", Number(8)), ("tie_word_embeddings", Flag(false)),
     ]),
     (&["deepseek_v2"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(11008)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(102400)), ("max_position_embeddings", Nested(2048)),
+        ("vocab_size", Nested(102_400)), ("max_position_embeddings", Nested(2048)),
         ("moe_intermediate_size", Nested(1407)), ("n_routed_experts", Nested(64)),
         ("n_shared_experts", Nested(2)), ("first_k_dense_replace", Number(0)),
         ("tie_word_embeddings", Flag(false)),
@@ -195,7 +197,7 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["deepseek_v3"], &[
         ("hidden_size", Nested(7168)), ("intermediate_size", Nested(18432)),
         ("num_hidden_layers", Nested(61)), ("num_attention_heads", Nested(128)),
-        ("vocab_size", Nested(129280)), ("max_position_embeddings", Nested(4096)),
+        ("vocab_size", Nested(129_280)), ("max_position_embeddings", Nested(4096)),
         ("moe_intermediate_size", Nested(2048)), ("n_routed_experts", Nested(256)),
         ("num_experts_per_tok", Nested(8)), ("n_shared_experts", Nested(1)),
         ("num_key_value_heads", Number(128)), ("first_k_dense_replace", Number(3)),
@@ -204,7 +206,7 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["glm4_moe"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(10944)),
         ("num_hidden_layers", Nested(46)), ("num_attention_heads", Nested(96)),
-        ("vocab_size", Nested(151552)), ("max_position_embeddings", Nested(131072)),
+        ("vocab_size", Nested(151_552)), ("max_position_embeddings", Nested(131_072)),
         ("moe_intermediate_size", Nested(1408)), ("n_routed_experts", Nested(128)),
         ("num_experts_per_tok", Nested(8)), ("n_shared_experts", Nested(1)),
         ("num_key_value_heads", Number(8)), ("first_k_dense_replace", Number(1)),
@@ -230,7 +232,7 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
         ("num_experts", Nested(64)), ("num_experts_per_tok", Nested(8)),
         ("tie_word_embeddings", Flag(false)),
     ]),
-    (&["granitemoe", "granitemoeshared"], &[
+    (&["granitemoe"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(11008)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),
         ("vocab_size", Nested(32000)), ("max_position_embeddings", Nested(2048)),
@@ -248,13 +250,13 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["cohere"], &[
         ("hidden_size", Nested(8192)), ("intermediate_size", Nested(22528)),
         ("num_hidden_layers", Nested(40)), ("num_attention_heads", Nested(64)),
-        ("vocab_size", Nested(256000)), ("max_position_embeddings", Nested(8192)),
+        ("vocab_size", Nested(256_000)), ("max_position_embeddings", Nested(8192)),
         ("tie_word_embeddings", Flag(true)),
     ]),
     (&["cohere2"], &[
         ("hidden_size", Nested(8192)), ("intermediate_size", Nested(22528)),
         ("num_hidden_layers", Nested(40)), ("num_attention_heads", Nested(64)),
-        ("vocab_size", Nested(256000)), ("max_position_embeddings", Nested(8192)),
+        ("vocab_size", Nested(256_000)), ("max_position_embeddings", Nested(8192)),
         ("sliding_window", Number(4096)), ("tie_word_embeddings", Flag(true)),
         ("sliding_window_pattern", Number(4)),
     ]),
@@ -267,14 +269,14 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["smollm3"], &[
         ("hidden_size", Nested(2048)), ("intermediate_size", Nested(11008)),
         ("num_hidden_layers", Nested(36)), ("num_attention_heads", Nested(16)),
-        ("vocab_size", Nested(128256)), ("max_position_embeddings", Nested(32768)),
+        ("vocab_size", Nested(128_256)), ("max_position_embeddings", Nested(32768)),
         ("num_key_value_heads", Number(4)), ("no_rope_layer_interval", Number(4)),
         ("tie_word_embeddings", Flag(true)), ("use_sliding_window", Flag(false)),
     ]),
     (&["glm", "glm4"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(13696)),
         ("num_hidden_layers", Nested(40)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(151552)), ("max_position_embeddings", Nested(131072)),
+        ("vocab_size", Nested(151_552)), ("max_position_embeddings", Nested(131_072)),
         ("num_key_value_heads", Number(2)), ("head_dim", Number(128)), ("tie_word_embeddings", Flag(false)),
         ("attention_bias", Flag(true)),
     ]),
@@ -288,7 +290,7 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["gpt_oss"], &[
         ("hidden_size", Nested(2880)), ("intermediate_size", Nested(2880)),
         ("num_hidden_layers", Nested(36)), ("num_attention_heads", Nested(64)),
-        ("vocab_size", Nested(201088)), ("max_position_embeddings", Nested(131072)),
+        ("vocab_size", Nested(201_088)), ("max_position_embeddings", Nested(131_072)),
         ("num_local_experts", Nested(128)), ("num_experts_per_tok", Nested(4)),
         ("num_key_value_heads", Number(8)), ("head_dim", Number(64)), ("sliding_window", Number(128)),
         ("tie_word_embeddings", Flag(false)), ("attention_bias", Flag(true)),
@@ -316,20 +318,12 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
         ("vocab_size", Nested(50400)), ("tie_word_embeddings", Flag(false)),
     ]),
     (&["bloom"], &[
-        ("hidden_size", Nested(64)), ("vocab_size", Nested(250880)), ("tie_word_embeddings", Flag(true)),
-    ]),
-    (&["mpt"], &[
-        ("vocab_size", Nested(50368)), ("tie_word_embeddings", Flag(true)),
-    ]),
-    (&["opt"], &[
-        ("hidden_size", Nested(768)), ("num_hidden_layers", Nested(12)),
-        ("num_attention_heads", Nested(12)), ("vocab_size", Nested(50272)),
-        ("max_position_embeddings", Nested(2048)), ("tie_word_embeddings", Flag(true)),
+        ("hidden_size", Nested(64)), ("vocab_size", Nested(250_880)), ("tie_word_embeddings", Flag(true)),
     ]),
     (&["llama4_text"], &[
         ("hidden_size", Nested(5120)), ("intermediate_size", Nested(8192)),
         ("num_hidden_layers", Nested(48)), ("num_attention_heads", Nested(40)),
-        ("vocab_size", Nested(202048)), ("max_position_embeddings", Nested(131072)),
+        ("vocab_size", Nested(202_048)), ("max_position_embeddings", Nested(131_072)),
         ("intermediate_size_mlp", Nested(16384)), ("num_local_experts", Nested(16)),
         ("num_experts_per_tok", Nested(1)), ("num_key_value_heads", Number(8)), ("head_dim", Number(128)),
         ("attention_chunk_size", Number(8192)), ("interleave_moe_layer_step", Number(1)),
@@ -339,20 +333,20 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["exaone4"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(16384)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(102400)), ("max_position_embeddings", Nested(2048)),
+        ("vocab_size", Nested(102_400)), ("max_position_embeddings", Nested(2048)),
         ("num_key_value_heads", Number(32)), ("sliding_window", Number(4096)),
         ("tie_word_embeddings", Flag(false)), ("sliding_window_pattern", Number(4)),
     ]),
     (&["nemotron"], &[
         ("hidden_size", Nested(6144)), ("intermediate_size", Nested(24576)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(48)),
-        ("vocab_size", Nested(256000)), ("max_position_embeddings", Nested(4096)),
+        ("vocab_size", Nested(256_000)), ("max_position_embeddings", Nested(4096)),
         ("tie_word_embeddings", Flag(false)),
     ]),
     (&["jamba"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(14336)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(65536)), ("max_position_embeddings", Nested(262144)),
+        ("vocab_size", Nested(65536)), ("max_position_embeddings", Nested(262_144)),
         ("num_experts", Nested(16)), ("num_experts_per_tok", Nested(2)), ("num_key_value_heads", Number(8)),
         ("attn_layer_period", Number(8)), ("attn_layer_offset", Number(4)),
         ("expert_layer_period", Number(2)), ("expert_layer_offset", Number(1)),
@@ -362,7 +356,7 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["bamba"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(14336)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(128000)), ("max_position_embeddings", Nested(262144)),
+        ("vocab_size", Nested(128_000)), ("max_position_embeddings", Nested(262_144)),
         ("num_key_value_heads", Number(8)), ("mamba_d_state", Number(256)), ("mamba_d_conv", Number(4)),
         ("mamba_expand", Number(2)), ("mamba_n_heads", Number(128)), ("mamba_n_groups", Number(1)),
         ("tie_word_embeddings", Flag(false)),
@@ -375,8 +369,8 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["mamba2"], &[
         ("hidden_size", Nested(4096)), ("num_hidden_layers", Nested(64)), ("vocab_size", Nested(32768)),
         ("head_dim", Number(64)), ("state_size", Number(128)), ("conv_kernel", Number(4)),
-        ("expand", Number(2)), ("n_groups", Number(8)), ("num_heads", Number(128)),
-        ("tie_word_embeddings", Flag(false)),
+        ("expand", Number(2)), ("n_groups", Number(8)), ("tie_word_embeddings", Flag(false)),
+        ("num_heads", Number(128)),
     ]),
     (&["rwkv"], &[
         ("hidden_size", Nested(4096)), ("num_hidden_layers", Nested(32)), ("vocab_size", Nested(50277)),
@@ -385,33 +379,14 @@ pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["lfm2"], &[
         ("hidden_size", Nested(2560)), ("intermediate_size", Nested(12288)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(65536)), ("max_position_embeddings", Nested(128000)),
+        ("vocab_size", Nested(65536)), ("max_position_embeddings", Nested(128_000)),
         ("num_key_value_heads", Number(8)), ("conv_L_cache", Number(3)),
         ("tie_word_embeddings", Flag(true)),
     ]),
     (&["ernie4_5"], &[
         ("hidden_size", Nested(1024)), ("intermediate_size", Nested(3072)),
         ("num_hidden_layers", Nested(18)), ("num_attention_heads", Nested(16)),
-        ("vocab_size", Nested(103424)), ("max_position_embeddings", Nested(131072)),
+        ("vocab_size", Nested(103_424)), ("max_position_embeddings", Nested(131_072)),
         ("num_key_value_heads", Number(2)), ("head_dim", Number(128)), ("tie_word_embeddings", Flag(true)),
-    ]),
-    (&["seed_oss"], &[
-        ("hidden_size", Nested(4096)), ("intermediate_size", Nested(27648)),
-        ("num_hidden_layers", Nested(64)), ("num_attention_heads", Nested(80)),
-        ("vocab_size", Nested(155136)), ("max_position_embeddings", Nested(524288)),
-        ("num_key_value_heads", Number(8)), ("head_dim", Number(128)), ("tie_word_embeddings", Flag(false)),
-        ("attention_bias", Flag(true)),
-    ]),
-    (&["arcee"], &[
-        ("hidden_size", Nested(2560)), ("intermediate_size", Nested(18432)),
-        ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),
-        ("vocab_size", Nested(32000)), ("max_position_embeddings", Nested(4096)),
-        ("tie_word_embeddings", Flag(false)),
-    ]),
-    (&["persimmon"], &[
-        ("hidden_size", Nested(4096)), ("intermediate_size", Nested(16384)),
-        ("num_hidden_layers", Nested(36)), ("num_attention_heads", Nested(64)),
-        ("vocab_size", Nested(262144)), ("max_position_embeddings", Nested(16384)),
-        ("tie_word_embeddings", Flag(false)), ("qk_layernorm", Flag(true)),
     ]),
 ];

@@ -66,6 +66,29 @@ const PURE: &[(&str, &str)] = &[
 /// Architectures with attention and a state-space mixer side by side in one layer.
 const SIDE_BY_SIDE: &[&str] = &["falcon_h1", "zamba", "zamba2", "hymba"];
 
+/// `max_window_layers` is where windows begin, but here they end there, and only every second layer has one.
+const EVERY_SECOND_BELOW: &[&str] = &["qwen2_moe"];
+
+/// Classes whose every layer has the window that the configuration names. Other classes ignore the key or choose
+/// layers by a rule of their own; where that is not known, a layer counts as one that sees everything, because
+/// then its cache can only turn out smaller than planned.
+const EVERY_LAYER: &[&str] = &[
+    "doge",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "mixtral",
+    "moshi",
+    "phi3",
+    "phi4_multimodal",
+    "phimoe",
+    "qwen3_moe",
+    "starcoder2",
+];
+
+/// Classes whose layers are recurrent unless the configuration says which attend.
+const RECURRENT_UNLESS_SAID: &[&str] = &["bamba", "granitemoehybrid"];
+
 /// The kind of each of `layers` layers.
 pub(super) fn kinds(config: &Config<'_>, layers: usize) -> Result<Vec<Kind>> {
     let architecture = config.architecture();
@@ -123,7 +146,13 @@ fn written(config: &Config<'_>, layers: usize) -> Result<Vec<Written>> {
         if words.is_empty() {
             return Err(config.broken(format!("{key} is an empty list, wanted at least one kind of layer")));
         }
-        return words.iter().cycle().take(layers).map(|word| by_word(config, key, word)).collect();
+        // Its attention is local, which its word for it does not say.
+        let local = config.get(&["attention_window_size"]).is_some();
+        let one = |word: &&str| match by_word(config, key, word)? {
+            Written::Full if local => Ok(Written::Sliding),
+            other => Ok(other),
+        };
+        return words.iter().cycle().take(layers).map(one).collect();
     }
     if let Some(pattern) = config.get(&["hybrid_override_pattern"]).and_then(|found| found.1.as_str()) {
         config.same_length("hybrid_override_pattern", pattern.chars().count(), layers)?;
@@ -142,10 +171,13 @@ fn written(config: &Config<'_>, layers: usize) -> Result<Vec<Written>> {
             .collect());
     }
     if let Some(interval) = config.size(&["full_attention_interval"])? {
-        let full = |i: u64| (i + 1) % interval == 0;
+        let full = |i: u64| (i + 1).is_multiple_of(interval);
         return Ok((0..layers as u64)
             .map(|i| if full(i) { Written::Full } else { Written::Recurrent("linear_attention") })
             .collect());
+    }
+    if RECURRENT_UNLESS_SAID.contains(&config.architecture()) {
+        return Ok(vec![Written::Recurrent("mamba"); layers]);
     }
     windows(config, layers)
 }
@@ -191,14 +223,18 @@ fn windows(config: &Config<'_>, layers: usize) -> Result<Vec<Written>> {
     if let Some(pattern) = config.size(&["sliding_window_pattern", "_sliding_window_pattern"])? {
         return Ok(all.map(|i| chosen((i + 1) % pattern != 0, Written::Sliding)).collect());
     }
-    if let Some(first) = config.number(&["max_window_layers"], LARGEST_DIMENSION)? {
-        return Ok(all.map(|i| chosen(i >= first, Written::Sliding)).collect());
+    let bound = config.number(&["max_window_layers"], LARGEST_DIMENSION)?;
+    if let Some(bound) = bound.filter(|_| !EVERY_LAYER.contains(&config.architecture())) {
+        let every_second = EVERY_SECOND_BELOW.contains(&config.architecture());
+        let sliding = |i: u64| if every_second { i < bound && i.is_multiple_of(2) } else { i >= bound };
+        return Ok(all.map(|i| chosen(sliding(i), Written::Sliding)).collect());
     }
     if let Some(interval) = interval {
         // SmolLM3: the window is for layers without rotary embeddings.
         return Ok(all.map(|i| chosen((i + 1) % interval == 0, Written::Sliding)).collect());
     }
-    Ok(vec![Written::Sliding; layers])
+    let everywhere = EVERY_LAYER.contains(&config.architecture());
+    Ok(vec![if everywhere { Written::Sliding } else { Written::Full }; layers])
 }
 
 fn by_word(config: &Config<'_>, key: &str, word: &str) -> Result<Written> {
@@ -277,13 +313,9 @@ fn mamba(config: &Config<'_>, hidden: u64) -> Result<Option<u64>> {
     let heads = config.size(&["mamba_n_heads", "mamba_num_heads", "num_heads"])?;
     // Bamba writes "auto" for the width divided by the heads.
     let automatic = config.get(&["mamba_d_head"]).is_some_and(|found| found.1.as_str() == Some("auto"));
-    let head_dim = match automatic {
-        true => None,
-        false => match config.architecture() {
-            "mamba2" => config.size(&["head_dim"])?,
-            _ => config.size(&["mamba_d_head", "mamba_head_dim"])?,
-        },
-    };
+    let head_dim_keys: &[_] =
+        if config.architecture() == "mamba2" { &["head_dim"] } else { &["mamba_d_head", "mamba_head_dim"] };
+    let head_dim = if automatic { None } else { config.size(head_dim_keys)? };
     let expand = config.size(&["expand", "mamba_expand"])?;
     let inner = match (heads, head_dim, expand) {
         (Some(heads), Some(head_dim), _) => product(&[heads, head_dim]),

@@ -115,9 +115,8 @@ fn experts(config: &Config<'_>) -> Result<Option<Mlp>> {
         Some(width) => width,
         None => config.required(INTERMEDIATE, "the width of an expert")?,
     };
-    let shared_width = match config.number(SHARED_WIDTH, LARGEST_DIMENSION)? {
-        Some(shared) => shared,
-        None => {
+    let shared_width = config.number(SHARED_WIDTH, LARGEST_DIMENSION)?.map_or_else(
+        || {
             let unwritten = u64::from(ONE_SHARED.contains(&config.architecture()));
             let shared = config.number(SHARED_COUNT, MOST_EXPERTS)?.unwrap_or(unwritten);
             shared.checked_mul(width).filter(|all| *all <= LARGEST_DIMENSION).ok_or_else(|| {
@@ -125,9 +124,10 @@ fn experts(config: &Config<'_>) -> Result<Option<Mlp>> {
                     "{shared} shared experts of {width} columns are more than {LARGEST_DIMENSION} columns; correct \
                      one of the two"
                 ))
-            })?
-        }
-    };
+            })
+        },
+        Ok,
+    )?;
     Ok(Some(Mlp::Experts { count, active, width, shared_width }))
 }
 

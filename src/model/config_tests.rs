@@ -11,7 +11,7 @@ fn read(config: &Value) -> crate::Result<super::Dimensions> {
 }
 
 /// Llama-3-8B with some keys changed; null removes one.
-fn llama(changes: Value) -> Value {
+fn llama(changes: &Value) -> Value {
     let mut config = published("llama-3-8b");
     for (key, value) in changes.as_object().unwrap() {
         match value {
@@ -28,34 +28,34 @@ fn a_configuration_that_cannot_be_used_says_why_and_what_to_do() {
         (json!([1, 2]), &["a JSON object", "a list of 2"][..]),
         (json!({}), &["model_type", "no keys at all"]),
         (json!({"model_type": 5}), &["model_type is 5"]),
-        (llama(json!({"hidden_size": null})), &["hidden size is missing", "\"hidden_size\", \"n_embd\""]),
-        (llama(json!({"num_attention_heads": null})), &["\"num_attention_heads\"", "\"n_head\""]),
-        (llama(json!({"intermediate_size": null})), &["MLP's width is missing", "\"intermediate_size\""]),
-        (llama(json!({"vocab_size": null})), &["vocabulary", "\"vocab_size\""]),
-        (llama(json!({"hidden_size": "4096"})), &["hidden_size is \"4096\"", "whole number"]),
-        (llama(json!({"hidden_size": -1})), &["hidden_size is -1"]),
-        (llama(json!({"hidden_size": 4096.5})), &["hidden_size is 4096.5"]),
-        (llama(json!({"hidden_size": 0})), &["hidden_size is 0"]),
-        (llama(json!({"hidden_size": 1_u64 << 25})), &["hidden_size is 33554432", "16777216"]),
-        (llama(json!({"num_hidden_layers": 4097})), &["4097 layers", "4096"]),
-        (llama(json!({"num_attention_heads": 0})), &["heads is 0"]),
-        (llama(json!({"num_key_value_heads": 0})), &["0 key and value heads"]),
-        (llama(json!({"vocab_size": 1e30})), &["vocab_size is 1e"]),
-        (llama(json!({"tie_word_embeddings": "yes"})), &["tie_word_embeddings is \"yes\"", "true or false"]),
-        (llama(json!({"torch_dtype": "int3"})), &["torch_dtype is \"int3\"", "bfloat16"]),
-        (llama(json!({"quantization_config": "gptq"})), &["quantization_config is \"gptq\""]),
-        (llama(json!({"quantization_config": {"bits": 4}})), &["quant_method"]),
-        (llama(json!({"quantization_config": {"quant_method": "gptq", "bits": 5}})), &["bits", "5"]),
+        (llama(&json!({"hidden_size": null})), &["hidden size is missing", "\"hidden_size\", \"n_embd\""]),
+        (llama(&json!({"num_attention_heads": null})), &["\"num_attention_heads\"", "\"n_head\""]),
+        (llama(&json!({"intermediate_size": null})), &["MLP's width is missing", "\"intermediate_size\""]),
+        (llama(&json!({"vocab_size": null})), &["vocabulary", "\"vocab_size\""]),
+        (llama(&json!({"hidden_size": "4096"})), &["hidden_size is \"4096\"", "whole number"]),
+        (llama(&json!({"hidden_size": -1})), &["hidden_size is -1"]),
+        (llama(&json!({"hidden_size": 4096.5})), &["hidden_size is 4096.5"]),
+        (llama(&json!({"hidden_size": 0})), &["hidden_size is 0"]),
+        (llama(&json!({"hidden_size": 1_u64 << 25})), &["hidden_size is 33554432", "16777216"]),
+        (llama(&json!({"num_hidden_layers": 4097})), &["4097 layers", "4096"]),
+        (llama(&json!({"num_attention_heads": 0})), &["heads is 0"]),
+        (llama(&json!({"num_key_value_heads": 0})), &["0 key and value heads"]),
+        (llama(&json!({"vocab_size": 1e30})), &["vocab_size is 1e"]),
+        (llama(&json!({"tie_word_embeddings": "yes"})), &["tie_word_embeddings is \"yes\"", "true or false"]),
+        (llama(&json!({"torch_dtype": "int3"})), &["torch_dtype is \"int3\"", "bfloat16"]),
+        (llama(&json!({"quantization_config": "gptq"})), &["quantization_config is \"gptq\""]),
+        (llama(&json!({"quantization_config": {"bits": 4}})), &["quant_method"]),
+        (llama(&json!({"quantization_config": {"quant_method": "gptq", "bits": 5}})), &["bits", "5"]),
         (
-            llama(json!({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}})),
+            llama(&json!({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}})),
             &["weight_block_size is 0"],
         ),
-        (llama(json!({"layer_types": ["full_attention", 3]})), &["layer_types", "list of texts"]),
-        (llama(json!({"layer_types": vec!["strange"; 32]})), &["\"strange\"", "\"sliding_attention\""]),
-        (llama(json!({"layer_types": vec!["sliding_attention"; 32]})), &["\"sliding_window\""]),
-        (llama(json!({"num_local_experts": 8})), &["\"num_experts_per_tok\""]),
-        (llama(json!({"num_local_experts": 70_000})), &["num_local_experts is 70000", "65536"]),
-        (llama(json!({"head_dim": 1 << 20})), &["32 heads of 1048576"]),
+        (llama(&json!({"layer_types": ["full_attention", 3]})), &["layer_types", "list of texts"]),
+        (llama(&json!({"layer_types": vec!["strange"; 32]})), &["\"strange\"", "\"sliding_attention\""]),
+        (llama(&json!({"layer_types": vec!["sliding_attention"; 32]})), &["\"sliding_window\""]),
+        (llama(&json!({"num_local_experts": 8})), &["\"num_experts_per_tok\""]),
+        (llama(&json!({"num_local_experts": 70_000})), &["num_local_experts is 70000", "65536"]),
+        (llama(&json!({"head_dim": 1 << 20})), &["32 heads of 1048576"]),
     ];
     for (config, wanted) in cases {
         let error = read(&config).unwrap_err();
@@ -71,14 +71,14 @@ fn a_configuration_that_cannot_be_used_says_why_and_what_to_do() {
 #[test]
 fn dimensions_that_contradict_each_other_show_both() {
     let cases = [
-        (llama(json!({"num_key_value_heads": 7})), "32 attention heads in layer 0 contradicts 7 key"),
-        (llama(json!({"hidden_size": 4097})), "a hidden size of 4097 contradicts 32 attention heads"),
+        (llama(&json!({"num_key_value_heads": 7})), "32 attention heads in layer 0 contradicts 7 key"),
+        (llama(&json!({"hidden_size": 4097})), "a hidden size of 4097 contradicts 32 attention heads"),
         (
-            llama(json!({"layer_types": ["full_attention"]})),
+            llama(&json!({"layer_types": ["full_attention"]})),
             "layer_types with 1 entries contradicts 32 layers",
         ),
         (
-            llama(json!({"num_local_experts": 8, "num_experts_per_tok": 9})),
+            llama(&json!({"num_local_experts": 8, "num_experts_per_tok": 9})),
             "9 experts a token contradicts 8 experts",
         ),
     ];
@@ -90,7 +90,9 @@ fn dimensions_that_contradict_each_other_show_both() {
 }
 
 #[test]
-fn what_is_no_decoder_is_named() {
+fn what_is_no_decoder_or_has_an_unknown_cache_is_named() {
+    let mut indexed = published("deepseek-v3");
+    indexed["index_head_dim"] = json!(128);
     let cases = [
         (
             json!({"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_size": 768,
@@ -109,6 +111,7 @@ fn what_is_no_decoder_is_named() {
             json!({"model_type": "falcon_h1", "hidden_size": 3072, "num_hidden_layers": 44, "vocab_size": 130_048}),
             "side by side",
         ),
+        (indexed, "index_head_dim 128"),
     ];
     for (config, wanted) in cases {
         let error = read(&config).unwrap_err();
@@ -118,8 +121,33 @@ fn what_is_no_decoder_is_named() {
 
 #[test]
 fn an_unknown_type_with_the_usual_keys_is_read() {
-    let dimensions = read(&llama(json!({"model_type": "never_seen"}))).unwrap();
+    let dimensions = read(&llama(&json!({"model_type": "never_seen"}))).unwrap();
     assert_eq!((dimensions.hidden, dimensions.kv_heads, dimensions.head_dim), (4096, 8, 128));
+}
+
+#[test]
+fn a_window_counts_only_where_its_rule_is_known() {
+    let windows = |config: &Value| -> Vec<Option<u64>> {
+        let layers = read(config).unwrap().layers;
+        let window = |layer: &crate::model::Layer| match layer.mixer {
+            Mixer::Attention { window, .. } => window,
+            _ => panic!("{layer:?}"),
+        };
+        layers.iter().map(window).collect()
+    };
+    let four = |model_type: &str| {
+        llama(&json!({"model_type": model_type, "num_hidden_layers": 4, "sliding_window": 64}))
+    };
+    // A plan that takes a window for granted could run out of memory.
+    assert_eq!(windows(&four("never_seen")), [None; 4]);
+    assert_eq!(windows(&four("mistral")), [Some(64); 4]);
+    assert_eq!(windows(&four("gemma2")), [Some(64), None, Some(64), None]);
+    let mut config = four("never_seen");
+    config["sliding_window_pattern"] = json!("LLG");
+    assert_eq!(windows(&config), [Some(64), Some(64), None, Some(64)]);
+    config["layer_types"] =
+        json!(["full_attention", "sliding_attention", "full_attention", "full_attention"]);
+    assert_eq!(windows(&config), [None, Some(64), None, None]);
 }
 
 #[test]
@@ -128,8 +156,8 @@ fn heads_follow_the_ways_of_writing_them() {
         let dimensions = read(config).unwrap();
         (dimensions.query_heads, dimensions.kv_heads, dimensions.head_dim)
     };
-    assert_eq!(heads(&llama(json!({"num_key_value_heads": null}))), (32, 32, 128));
-    assert_eq!(heads(&llama(json!({"head_dim": 64, "hidden_size": 4097}))), (32, 8, 64));
+    assert_eq!(heads(&llama(&json!({"num_key_value_heads": null}))), (32, 32, 128));
+    assert_eq!(heads(&llama(&json!({"head_dim": 64, "hidden_size": 4097}))), (32, 8, 64));
     assert_eq!(heads(&published("falcon-7b")), (71, 1, 64));
     assert_eq!(heads(&published("falcon-40b")), (128, 8, 64));
     assert_eq!(heads(&published("gpt2")), (12, 12, 64));

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::config::widest_by_bytes;
 use super::config_reader::{LARGEST_DIMENSION, MOST_EXPERTS, MOST_LAYERS, quoted};
 use super::gguf::{GgufFile, GgufValue};
+use super::gguf_metadata::{Metadata, broken, shown};
 use super::{Dimensions, Layer, Mixer, Mlp, Quantization};
 use crate::error::{Error, Result};
 
@@ -13,7 +14,8 @@ const ENCODERS: &[&str] =
     &["bert", "nomic-bert", "jina-bert-v2", "t5", "t5encoder", "clip", "modern-bert", "neo-bert"];
 
 /// Windowed layers by architecture, as llama.cpp's `llama-model.cpp` sets them: every how manieth layer sees
-/// everything. What is not listed has a window in every layer once its metadata names one.
+/// everything. Where neither this nor the file tells, a layer counts as one that sees everything: its cache can
+/// then only turn out smaller than planned.
 const PATTERNS: &[(&str, u64)] = &[
     ("gemma2", 2),
     ("gemma3", 6),
@@ -24,9 +26,6 @@ const PATTERNS: &[(&str, u64)] = &[
     ("olmo2", 4),
     ("llama4", 4),
 ];
-
-/// Architectures whose metadata may name a window that llama.cpp does not use.
-const WINDOW_UNUSED: &[&str] = &["qwen2", "qwen2moe", "qwen3", "qwen3moe"];
 
 /// Windows that llama.cpp keeps in its code: the attention chunks of Llama 4.
 const UNWRITTEN: &[(&str, u64)] = &[("llama4", 8192)];
@@ -179,16 +178,9 @@ impl Attention {
     }
 }
 
-struct Metadata<'a> {
-    gguf: &'a GgufFile,
-    name: &'a str,
-    architecture: &'a str,
-}
-
 impl Metadata<'_> {
     fn mixers(&self, attention: &Attention, layers: usize) -> Result<Vec<Mixer>> {
         let window = self.number("attention.sliding_window", LARGEST_DIMENSION)?.filter(|window| *window > 0);
-        let window = window.filter(|_| !WINDOW_UNUSED.contains(&self.architecture));
         let window = window
             .or_else(|| UNWRITTEN.iter().find(|entry| entry.0 == self.architecture).map(|entry| entry.1));
         let listed = PATTERNS.iter().find(|entry| entry.0 == self.architecture).map(|entry| entry.1);
@@ -204,7 +196,7 @@ impl Metadata<'_> {
                 each.get(usize::try_from(layer).unwrap_or(usize::MAX)).is_some_and(|flag| *flag != 0.0)
             }
             (None, Some(pattern)) => (layer + 1).checked_rem(pattern) != Some(0),
-            (None, None) => true,
+            (None, None) => false,
         };
         let (named, state, recurrent) = self.recurrences(&attention.kv)?;
         let heads = attention.query.iter().zip(&attention.kv).zip(recurrent).zip(0_u64..);
@@ -247,23 +239,6 @@ impl Metadata<'_> {
             None => listed.is_some() || *kv == 0,
         };
         Ok((named, state, kv.iter().zip(0_u64..).map(one).collect()))
-    }
-
-    /// Which layers have a tensor of this name; `None` where no layer has.
-    fn layers_with(&self, tensor: &str, layers: usize) -> Option<Vec<bool>> {
-        let mut found = vec![false; layers];
-        for tensor_info in &self.gguf.tensors {
-            let layer = tensor_info
-                .name
-                .strip_prefix("blk.")
-                .and_then(|rest| rest.strip_suffix(tensor))
-                .and_then(|rest| rest.strip_suffix('.'))
-                .and_then(|layer| layer.parse::<usize>().ok());
-            if let Some(flag) = layer.and_then(|layer| found.get_mut(layer)) {
-                *flag = true;
-            }
-        }
-        found.contains(&true).then_some(found)
     }
 
     /// The recurrence's matrix and its short convolution (llama.cpp's `n_embd_s` and `n_embd_r`).
@@ -369,96 +344,4 @@ impl Metadata<'_> {
             )
         })
     }
-
-    fn key(&self, key: &str) -> String {
-        format!("{}.{key}", self.architecture)
-    }
-
-    fn value(&self, key: &str) -> Option<(String, &GgufValue)> {
-        let key = self.key(key);
-        let value = self.gguf.metadata.get(&key)?;
-        Some((key, value))
-    }
-
-    fn number(&self, key: &str, most: u64) -> Result<Option<u64>> {
-        let Some((key, value)) = self.value(key) else { return Ok(None) };
-        // Some converters write an array where all layers agree.
-        let value = match value {
-            GgufValue::Unsigned(number) => Some(*number),
-            GgufValue::Signed(number) => u64::try_from(*number).ok(),
-            GgufValue::Numbers(list) => match list.first() {
-                Some(first) if list.iter().all(|other| (other - first).abs() < 0.5) => whole(*first),
-                _ => None,
-            },
-            _ => None,
-        };
-        match value {
-            Some(number) if number <= most => Ok(Some(number)),
-            _ => Err(self.wrong(&key, most)),
-        }
-    }
-
-    fn required(&self, key: &str, most: u64) -> Result<u64> {
-        match self.number(key, most)? {
-            None => Err(self.missing(key)),
-            Some(0) => Err(self.wrong(&self.key(key), most)),
-            Some(number) => Ok(number),
-        }
-    }
-
-    /// One number for all layers, or an array of them.
-    fn per_layer(&self, key: &str, layers: usize, most: u64) -> Result<Option<Vec<u64>>> {
-        let Some((full, GgufValue::Numbers(list))) = self.value(key) else {
-            return Ok(self.number(key, most)?.map(|number| vec![number; layers]));
-        };
-        let one = |value: &f64| {
-            whole(*value).filter(|number| *number <= most).ok_or_else(|| self.wrong(&full, most))
-        };
-        self.length(key, list, layers)?.iter().map(one).collect::<Result<Vec<_>>>().map(Some)
-    }
-
-    fn length<'b>(&self, key: &str, list: &'b [f64], layers: usize) -> Result<&'b [f64]> {
-        if list.len() == layers {
-            return Ok(list);
-        }
-        Err(Error::Contradiction {
-            source_name: self.name.to_owned(),
-            left: format!("{} with {} entries", self.key(key), list.len()),
-            right: format!("{} of {layers}", self.key("block_count")),
-            remedy: "convert the model again".to_owned(),
-        })
-    }
-
-    fn wrong(&self, key: &str, most: u64) -> Error {
-        let got = self.gguf.metadata.get(key).map_or_else(|| "missing".to_owned(), shown);
-        broken(
-            self.name,
-            format!("{key} is {got}, wanted a whole number up to {most}; convert the model again"),
-        )
-    }
-
-    fn missing(&self, key: &str) -> Error {
-        broken(self.name, format!("{} is missing; convert the model again", quoted(&[&self.key(key)])))
-    }
-}
-
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-fn whole(value: f64) -> Option<u64> {
-    (value.fract() == 0.0 && (0.0..=1e15).contains(&value)).then_some(value as u64)
-}
-
-fn shown(value: &GgufValue) -> String {
-    match value {
-        GgufValue::Unsigned(number) => number.to_string(),
-        GgufValue::Signed(number) => number.to_string(),
-        GgufValue::Float(number) => number.to_string(),
-        GgufValue::Bool(flag) => flag.to_string(),
-        GgufValue::Text(text) => format!("{:?}", text.chars().take(60).collect::<String>()),
-        GgufValue::Numbers(list) => format!("an array of {} numbers", list.len()),
-        GgufValue::Skipped { count } => format!("an array of {count}"),
-    }
-}
-
-fn broken(name: &str, problem: impl Into<String>) -> Error {
-    Error::BrokenHeader { path: PathBuf::from(name), format: "GGUF header", problem: problem.into() }
 }

@@ -5,9 +5,7 @@ use serde_json::Value;
 use super::config::dtype;
 use super::config_reader::Config;
 use super::inventory_quantized::Format;
-use super::inventory_traits::{
-    Bias, Feed, HeadNorm, Moe, Norms, Projection, Shared, TRAITS, Traits, WRAPPERS,
-};
+use super::inventory_traits::{Bias, HeadNorm, Moe, Norm, Norms, Projection, TRAITS, Traits, WRAPPERS};
 use super::{Dimensions, Layer, Mixer, Mlp, RawTensor};
 use crate::error::{Error, Result};
 
@@ -45,23 +43,19 @@ fn traits(config: &Config<'_>) -> Result<(&'static Traits, &'static str)> {
     } else {
         Some("")
     };
-    match (found, wrapper) {
-        (Some(traits), Some(wrapper)) => Ok((traits, wrapper)),
-        _ => {
-            let architecture = config.architecture();
-            let mut known: Vec<&str> = TRAITS.iter().flat_map(|traits| traits.model_types).copied().collect();
-            known.extend(WRAPPERS.iter().map(|entry| entry.0));
-            known.sort_unstable();
-            Err(Error::UnknownArchitecture {
-                found: if config.nested() {
-                    format!("\"{}\" around \"{architecture}\"", config.outermost())
-                } else {
-                    format!("\"{architecture}\"")
-                },
-                known: known.join(", "),
-            })
-        }
+    if let (Some(traits), Some(wrapper)) = (found, wrapper) {
+        return Ok((traits, wrapper));
     }
+    let mut known: Vec<&str> = TRAITS.iter().flat_map(|traits| traits.model_types).copied().collect();
+    known.extend(WRAPPERS.iter().map(|entry| entry.0));
+    known.sort_unstable();
+    let architecture = config.architecture();
+    let found = if config.nested() {
+        format!("\"{}\" around \"{architecture}\"", config.outermost())
+    } else {
+        format!("\"{architecture}\"")
+    };
+    Err(Error::UnknownArchitecture { found, known: known.join(", ") })
 }
 
 /// Heads of one attention layer.
@@ -73,10 +67,11 @@ struct Heads {
     value_dim: u64,
 }
 
-struct Builder<'a> {
-    config: &'a Config<'a>,
-    dimensions: &'a Dimensions,
-    traits: &'static Traits,
+/// Collects the tensors, layer after layer.
+pub(super) struct Builder<'a> {
+    pub(super) config: &'a Config<'a>,
+    pub(super) dimensions: &'a Dimensions,
+    pub(super) traits: &'static Traits,
     wrapper: &'static str,
     format: Format<'a>,
     tensors: Vec<RawTensor>,
@@ -92,7 +87,7 @@ impl Builder<'_> {
         for (index, layer) in dimensions.layers.iter().enumerate() {
             self.layer(&format!("{base}{}.{index}.", self.traits.layers), layer)?;
         }
-        self.norm(format!("{base}{}", self.traits.final_norm), hidden)?;
+        self.norm(&format!("{base}{}", self.traits.final_norm), hidden)?;
         if !self.dimensions.tied_embeddings {
             let head = format!("{}{}", self.wrapper, self.traits.head);
             self.plain(format!("{head}.weight"), &[vocabulary, hidden])?;
@@ -122,7 +117,7 @@ impl Builder<'_> {
     fn layer(&mut self, base: &str, layer: &Layer) -> Result<()> {
         let hidden = self.dimensions.hidden;
         for norm in self.norms()? {
-            self.norm(format!("{base}{norm}"), hidden)?;
+            self.norm(&format!("{base}{norm}"), hidden)?;
         }
         let attention = format!("{base}{}.", self.traits.attention);
         match (&layer.mixer, self.traits.projection) {
@@ -192,14 +187,14 @@ impl Builder<'_> {
         let bias = self.bias(self.traits.qkv_bias)?;
         if let Projection::Fused(name) = self.traits.projection {
             let rows = self.total(&[queries, keys, values])?;
-            self.linear(format!("{base}{name}"), rows, hidden, bias)?;
+            self.linear(&format!("{base}{name}"), rows, hidden, bias)?;
         } else {
-            self.linear(format!("{base}q_proj"), queries, hidden, bias)?;
-            self.linear(format!("{base}k_proj"), keys, hidden, bias)?;
-            self.linear(format!("{base}v_proj"), values, hidden, bias)?;
+            self.linear(&format!("{base}q_proj"), queries, hidden, bias)?;
+            self.linear(&format!("{base}k_proj"), keys, hidden, bias)?;
+            self.linear(&format!("{base}v_proj"), values, hidden, bias)?;
         }
         let bias = self.bias(self.traits.output_bias)?;
-        self.linear(format!("{base}{}", self.traits.output), hidden, mixed, bias)?;
+        self.linear(&format!("{base}{}", self.traits.output), hidden, mixed, bias)?;
         if self.traits.sinks {
             self.plain(format!("{base}sinks"), &[query])?;
         }
@@ -228,8 +223,8 @@ impl Builder<'_> {
             }
             HeadNorm::Phi => {
                 if wanted("qk_layernorm")? {
-                    self.norm(format!("{base}q_layernorm"), key_dim)?;
-                    self.norm(format!("{base}k_layernorm"), key_dim)?;
+                    self.norm(&format!("{base}q_layernorm"), key_dim)?;
+                    self.norm(&format!("{base}k_layernorm"), key_dim)?;
                 }
             }
         }
@@ -253,103 +248,22 @@ impl Builder<'_> {
         let queries = self.product(heads, query_dim)?;
         let bias = self.bias(Bias::Key("attention_bias", false))?;
         if let Some(rank) = self.config.size(&["q_lora_rank"])? {
-            self.linear(format!("{base}q_a_proj"), rank, hidden, bias)?;
+            self.linear(&format!("{base}q_a_proj"), rank, hidden, bias)?;
             self.plain(format!("{base}q_a_layernorm.weight"), &[rank])?;
-            self.linear(format!("{base}q_b_proj"), queries, rank, false)?;
+            self.linear(&format!("{base}q_b_proj"), queries, rank, false)?;
         } else {
-            self.linear(format!("{base}q_proj"), queries, hidden, false)?;
+            self.linear(&format!("{base}q_proj"), queries, hidden, false)?;
         }
         let compressed = self.total(&[latent, rope])?;
-        self.linear(format!("{base}kv_a_proj_with_mqa"), compressed, hidden, bias)?;
+        self.linear(&format!("{base}kv_a_proj_with_mqa"), compressed, hidden, bias)?;
         self.plain(format!("{base}kv_a_layernorm.weight"), &[latent])?;
         let each = self.total(&[plain, value])?;
         let (expanded, mixed) = (self.product(heads, each)?, self.product(heads, value)?);
-        self.linear(format!("{base}kv_b_proj"), expanded, latent, false)?;
-        self.linear(format!("{base}o_proj"), hidden, mixed, bias)
+        self.linear(&format!("{base}kv_b_proj"), expanded, latent, false)?;
+        self.linear(&format!("{base}o_proj"), hidden, mixed, bias)
     }
 
-    fn dense(&mut self, base: &str, width: u64) -> Result<()> {
-        let hidden = self.dimensions.hidden;
-        let bias = self.bias(self.traits.mlp_bias)?;
-        match self.traits.feed {
-            Feed::Gated => self.gated(base, ["gate_proj", "up_proj", "down_proj"], width, bias),
-            Feed::FusedGate => {
-                let both = self.product(2, width)?;
-                self.linear(format!("{base}gate_up_proj"), both, hidden, bias)?;
-                self.linear(format!("{base}down_proj"), hidden, width, bias)
-            }
-            Feed::Plain(up, down) => {
-                self.linear(format!("{base}{up}"), width, hidden, bias)?;
-                self.linear(format!("{base}{down}"), hidden, width, bias)
-            }
-        }
-    }
-
-    fn gated(&mut self, base: &str, names: [&str; 3], width: u64, bias: bool) -> Result<()> {
-        let hidden = self.dimensions.hidden;
-        let [gate, up, down] = names;
-        self.linear(format!("{base}{gate}"), width, hidden, bias)?;
-        self.linear(format!("{base}{up}"), width, hidden, bias)?;
-        self.linear(format!("{base}{down}"), hidden, width, bias)
-    }
-
-    fn experts(&mut self, base: &str, count: u64, width: u64, shared_width: u64) -> Result<()> {
-        let hidden = self.dimensions.hidden;
-        let both = self.product(2, width)?;
-        match self.traits.moe {
-            Moe::None => Err(self.config.contradiction(
-                format!("{count} experts in {}", base.trim_end_matches('.')),
-                format!("model_type \"{}\", which has none", self.config.architecture()),
-                "correct the configuration, or give the checkpoint's folder, whose headers are enough",
-            )),
-            Moe::Modules { block, names, shared } => {
-                let block = format!("{base}{block}.");
-                self.plain(format!("{block}gate.weight"), &[count, hidden])?;
-                if shared == (Shared::Plain { correction: true }) {
-                    // Kept in float32: it decides which experts are chosen.
-                    self.push(format!("{block}gate.e_score_correction_bias"), "F32", &[count])?;
-                }
-                for expert in 0..count {
-                    self.gated(&format!("{block}experts.{expert}."), names, width, false)?;
-                }
-                let bias = self.bias(self.traits.mlp_bias)?;
-                match shared {
-                    Shared::Gated if shared_width > 0 => {
-                        self.gated(&format!("{block}shared_expert."), names, shared_width, bias)?;
-                        self.plain(format!("{block}shared_expert_gate.weight"), &[1, hidden])
-                    }
-                    Shared::Plain { .. } if shared_width > 0 => {
-                        self.gated(&format!("{block}shared_experts."), names, shared_width, bias)
-                    }
-                    _ => Ok(()),
-                }
-            }
-            Moe::Stacked { biases } => {
-                let block = format!("{base}{}.", self.traits.mlp);
-                self.plain(format!("{block}router.weight"), &[count, hidden])?;
-                self.stacked(format!("{block}experts.gate_up_proj"), [count, hidden, both])?;
-                self.stacked(format!("{block}experts.down_proj"), [count, width, hidden])?;
-                if biases {
-                    self.plain(format!("{block}router.bias"), &[count])?;
-                    self.plain(format!("{block}experts.gate_up_proj_bias"), &[count, both])?;
-                    self.plain(format!("{block}experts.down_proj_bias"), &[count, hidden])?;
-                }
-                if shared_width > 0 {
-                    let names = ["gate_proj", "up_proj", "down_proj"];
-                    self.gated(&format!("{block}shared_expert."), names, shared_width, false)?;
-                }
-                Ok(())
-            }
-            Moe::Granite => {
-                let block = format!("{base}block_sparse_moe.");
-                self.plain(format!("{block}input_linear.weight"), &[count, both, hidden])?;
-                self.plain(format!("{block}output_linear.weight"), &[count, hidden, width])?;
-                self.plain(format!("{block}router.layer.weight"), &[count, hidden])
-            }
-        }
-    }
-
-    fn bias(&self, bias: Bias) -> Result<bool> {
+    pub(super) fn bias(&self, bias: Bias) -> Result<bool> {
         match bias {
             Bias::Never => Ok(false),
             Bias::Always => Ok(true),
@@ -357,38 +271,38 @@ impl Builder<'_> {
         }
     }
 
-    fn norm(&mut self, name: String, width: u64) -> Result<()> {
-        if self.traits.bare_norms {
+    fn norm(&mut self, name: &str, width: u64) -> Result<()> {
+        if matches!(self.traits.norm, Norm::Bare) {
             return Ok(());
         }
-        if self.traits.norm_bias {
+        if matches!(self.traits.norm, Norm::WithBias) {
             self.plain(format!("{name}.bias"), &[width])?;
         }
         self.plain(format!("{name}.weight"), &[width])
     }
 
     /// A linear layer in whatever form the quantisation stores it.
-    fn linear(&mut self, name: String, outputs: u64, inputs: u64, bias: bool) -> Result<()> {
-        for (suffix, dtype, shape) in self.format.linear(self.config, &name, outputs, inputs)? {
+    pub(super) fn linear(&mut self, name: &str, outputs: u64, inputs: u64, bias: bool) -> Result<()> {
+        for (suffix, dtype, shape) in self.format.linear(self.config, name, outputs, inputs)? {
             self.push(format!("{name}.{suffix}"), dtype, &shape)?;
         }
         if bias { self.plain(format!("{name}.bias"), &[outputs]) } else { Ok(()) }
     }
 
     /// Experts in one tensor, `[experts, inputs, outputs]`.
-    fn stacked(&mut self, name: String, shape: [u64; 3]) -> Result<()> {
-        for (suffix, dtype, shape) in self.format.stacked(self.config, &name, shape)? {
+    pub(super) fn stacked(&mut self, name: &str, shape: [u64; 3]) -> Result<()> {
+        for (suffix, dtype, shape) in self.format.stacked(self.config, name, shape)? {
             self.push(format!("{name}{suffix}"), dtype, &shape)?;
         }
         Ok(())
     }
 
     /// A tensor in the configuration's own dtype.
-    fn plain(&mut self, name: String, shape: &[u64]) -> Result<()> {
+    pub(super) fn plain(&mut self, name: String, shape: &[u64]) -> Result<()> {
         self.push(name, self.format.dtype, shape)
     }
 
-    fn push(&mut self, name: String, dtype: &'static str, shape: &[u64]) -> Result<()> {
+    pub(super) fn push(&mut self, name: String, dtype: &'static str, shape: &[u64]) -> Result<()> {
         let width = match dtype {
             "F64" => 8,
             "F32" | "I32" => 4,
@@ -410,7 +324,7 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn product(&self, left: u64, right: u64) -> Result<u64> {
+    pub(super) fn product(&self, left: u64, right: u64) -> Result<u64> {
         left.checked_mul(right).ok_or_else(|| {
             self.config
                 .broken(format!("{left} times {right} columns are more than 2^64; correct one of the two"))

@@ -62,7 +62,7 @@ pub(super) enum Moe {
     Stacked {
         biases: bool,
     },
-    /// One tensor for all experts, inputs innermost (GraniteMoE).
+    /// One tensor for all experts, inputs innermost (`GraniteMoE`).
     Granite,
 }
 
@@ -76,6 +76,15 @@ pub(super) enum Shared {
     Plain {
         correction: bool,
     },
+}
+
+/// The parameters of a norm.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Norm {
+    /// None (`OLMo` 1).
+    Bare,
+    Weight,
+    WithBias,
 }
 
 /// The norms of a layer.
@@ -100,10 +109,7 @@ pub(super) struct Traits {
     pub(super) final_norm: &'static str,
     pub(super) head: &'static str,
     pub(super) head_bias: bool,
-    /// Norms have a bias as well as a weight.
-    pub(super) norm_bias: bool,
-    /// Norms have no parameters (OLMo 1).
-    pub(super) bare_norms: bool,
+    pub(super) norm: Norm,
     pub(super) norms: Norms,
     pub(super) attention: &'static str,
     pub(super) projection: Projection,
@@ -139,8 +145,7 @@ const LLAMA: Traits = Traits {
     final_norm: "norm",
     head: "lm_head",
     head_bias: false,
-    norm_bias: false,
-    bare_norms: false,
+    norm: Norm::Weight,
     norms: TWO,
     attention: "self_attn",
     projection: Projection::Separate,
@@ -216,7 +221,7 @@ pub(super) static TRAITS: &[Traits] = &[
         model_types: &["phi"],
         final_norm: "final_layernorm",
         head_bias: true,
-        norm_bias: true,
+        norm: Norm::WithBias,
         norms: ONE,
         output: "dense",
         qkv_bias: Bias::Always,
@@ -239,7 +244,7 @@ pub(super) static TRAITS: &[Traits] = &[
         moe: Moe::Modules { block: "mlp", names: PROJECTIONS, shared: Shared::Plain { correction: true } },
         ..LLAMA
     },
-    Traits { model_types: &["olmo"], bare_norms: true, mlp_bias: Bias::Never, ..LLAMA },
+    Traits { model_types: &["olmo"], norm: Norm::Bare, mlp_bias: Bias::Never, ..LLAMA },
     Traits {
         model_types: &["olmo2", "olmo3"],
         norms: Norms::Always(&["post_attention_layernorm", "post_feedforward_layernorm"]),
@@ -265,7 +270,7 @@ pub(super) static TRAITS: &[Traits] = &[
     Traits { model_types: &["cohere2"], norms: ONE, mlp_bias: Bias::Never, ..LLAMA },
     Traits {
         model_types: &["starcoder2"],
-        norm_bias: true,
+        norm: Norm::WithBias,
         qkv_bias: Bias::Key("use_bias", true),
         output_bias: Bias::Key("use_bias", true),
         feed: Feed::Plain("c_fc", "c_proj"),
@@ -300,7 +305,7 @@ pub(super) static TRAITS: &[Traits] = &[
         embedding: "embed_in",
         final_norm: "final_layer_norm",
         head: "embed_out",
-        norm_bias: true,
+        norm: Norm::WithBias,
         attention: "attention",
         projection: Projection::Fused("query_key_value"),
         output: "dense",
@@ -327,7 +332,7 @@ pub(super) static TRAITS: &[Traits] = &[
     },
     Traits {
         model_types: &["stablelm"],
-        norm_bias: true,
+        norm: Norm::WithBias,
         norms: Norms::Parallel("input_layernorm", "post_attention_layernorm"),
         qkv_bias: Bias::Key("use_qkv_bias", false),
         output_bias: Bias::Never,
@@ -341,7 +346,7 @@ pub(super) static TRAITS: &[Traits] = &[
         layers: "h",
         embedding: "word_embeddings",
         final_norm: "ln_f",
-        norm_bias: true,
+        norm: Norm::WithBias,
         norms: Norms::Falcon,
         attention: "self_attention",
         projection: Projection::Fused("query_key_value"),

@@ -15,7 +15,8 @@ weights are left out. The result goes to `parameters/NAME.json`:
                    preceded by how many layers the run has
     roles          elements of routed experts, of shared experts and dense MLPs, of everything inside attention
 
-The cache elements come from the rows of the key and value projections, not from the configuration.
+The cache elements come from the rows of the key and value projections, not from the configuration; windows from
+the cache that transformers makes for `generate()`.
 A model that has parts for other modalities is recorded without them.
 """
 
@@ -67,10 +68,12 @@ def rows(module, *names):
 
 
 def mixers(model):
-    """(mixer, window, cache elements a token) of each layer, from the modules and the cache that generate() makes."""
+    """(mixer, window, cache elements a token) of each layer, from the modules and the cache of generate()."""
     found = {}
     recurrent = ("linear_attn", "mamba", "mixer")
-    cached = [] if any(n.endswith(".mixer") for n, _ in model.named_modules()) else DynamicCache(config=model.config).layers
+    # Mamba keeps a cache of a class of its own.
+    only_recurrent = any(name.endswith(".mixer") for name, _ in model.named_modules())
+    cached = [] if only_recurrent else DynamicCache(config=model.config).layers
     for name, module in model.named_modules():
         if OTHER_MODALITIES.search(name) or not ATTENTION.search(name):
             continue
