@@ -240,8 +240,8 @@ fn parts(rule: &Rule, layout: &Layout, raw: &RawTensor, head_dim: u64) -> Result
         return Ok(Holding::whole(Role::Replicated, CutAlong::Whole, raw.bytes));
     }
     if !layout.divided {
-        let role = if rule.whole == CutAlong::Whole { Role::Replicated } else { rule.role };
-        return Ok(Holding::whole(role, rule.whole, raw.bytes));
+        let holder = if rule.whole == CutAlong::Whole { Role::Replicated } else { rule.role };
+        return Ok(Holding::whole(holder, rule.whole, raw.bytes));
     }
     let total = rule.total().unwrap_or(0);
     let mut parts: Vec<Part> = Vec::new();

@@ -1,25 +1,12 @@
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+
+mod layouts;
 
 use proptest::prelude::*;
-use serde_json::Value;
 
 use super::*;
+use crate::model::samples::{bf16, data, raw, tiny, tiny_names};
 use crate::model::{Layer, Mlp, Quantization};
-
-fn data(path: &str) -> Value {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path);
-    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-}
-
-fn raw(name: &str, dtype: &str, shape: &[u64], element_bytes: u64) -> RawTensor {
-    let bytes = shape.iter().product::<u64>() * element_bytes;
-    RawTensor { name: name.to_owned(), dtype: dtype.to_owned(), shape: shape.to_vec(), bytes, block: 1 }
-}
-
-fn bf16(name: &str, shape: &[u64]) -> RawTensor {
-    raw(name, "BF16", shape, 2)
-}
 
 fn kind(along: CutAlong) -> &'static str {
     match along {
@@ -90,35 +77,11 @@ fn dimensions(g: Geometry, layers: usize, quantization: Quantization) -> Dimensi
     }
 }
 
-/// `(module, outputs, inputs)` of one Llama layer.
-fn linears(g: Geometry) -> Vec<(String, u64, u64)> {
-    let (q, kv) = (g.query * g.dim, g.kv * g.dim);
-    [
-        ("self_attn.q_proj", q, g.hidden),
-        ("self_attn.k_proj", kv, g.hidden),
-        ("self_attn.v_proj", kv, g.hidden),
-        ("self_attn.o_proj", g.hidden, q),
-        ("mlp.gate_proj", g.width, g.hidden),
-        ("mlp.up_proj", g.width, g.hidden),
-        ("mlp.down_proj", g.hidden, g.width),
-    ]
-    .into_iter()
-    .map(|(name, outputs, inputs)| (format!("model.layers.0.{name}"), outputs, inputs))
-    .collect()
-}
-
 #[test]
 fn tiny_transformers_models_are_held_as_their_modules_say() {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/tiny_parameters");
     let mut seen = 0;
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_stem().unwrap().to_string_lossy().into_owned();
-        let record = data(&format!("tiny_parameters/{name}.json"));
-        let dimensions: Dimensions = serde_json::from_value(record["dimensions"].clone()).unwrap();
-        let parameters: BTreeMap<String, Vec<u64>> =
-            serde_json::from_value(record["parameters"].clone()).unwrap();
-        let raw: Vec<_> = parameters.iter().map(|(name, shape)| bf16(name, shape)).collect();
+    for name in tiny_names() {
+        let (raw, dimensions, record) = tiny(&name);
         let bytes: u64 = raw.iter().map(|t| t.bytes).sum();
         let (tensors, unsplittable) = classify(raw, &dimensions);
         assert_parts_add_up(&tensors);
@@ -175,204 +138,6 @@ fn gguf_names_of_a_real_file_are_all_known_and_cut_at_its_blocks() {
     }
 }
 
-fn gptq(bits: u64, group_size: u64, act_order: bool) -> Quantization {
-    Quantization::Gptq { bits, group_size, act_order }
-}
-
-fn gptq_tensors(g: Geometry, bits: u64, group: u64) -> Vec<RawTensor> {
-    let mut tensors = Vec::new();
-    for (name, outputs, inputs) in linears(g) {
-        let groups = if group == 0 { 1 } else { inputs.div_ceil(group) };
-        tensors.push(raw(&format!("{name}.qweight"), "I32", &[inputs * bits / 32, outputs], 4));
-        tensors.push(raw(&format!("{name}.qzeros"), "I32", &[groups, outputs * bits / 32], 4));
-        tensors.push(raw(&format!("{name}.scales"), "F16", &[groups, outputs], 2));
-        tensors.push(raw(&format!("{name}.g_idx"), "I32", &[inputs], 4));
-    }
-    tensors
-}
-
-#[test]
-fn gptq_cuts_outputs_at_packs_and_inputs_at_groups() {
-    let (tensors, unsplittable) =
-        classify(gptq_tensors(GEOMETRY, 4, 128), &dimensions(GEOMETRY, 1, gptq(4, 128, false)));
-    assert_parts_add_up(&tensors);
-    assert!(unsplittable.is_empty(), "{unsplittable:?}");
-    let layer = "model.layers.0";
-    assert_eq!(
-        parts_of(&tensors, &format!("{layer}.self_attn.q_proj.qweight")),
-        [("query_heads", 48 * 512 * 4, 8)]
-    );
-    assert_eq!(
-        parts_of(&tensors, &format!("{layer}.self_attn.k_proj.qzeros")),
-        [("kv_heads", 3 * 16 * 4, 8)]
-    );
-    assert_eq!(
-        parts_of(&tensors, &format!("{layer}.self_attn.k_proj.g_idx")),
-        [("with_attention", 384 * 4, 1)]
-    );
-    for leaf in ["qweight", "qzeros", "scales", "g_idx"] {
-        let [(kind, _, grid)] = parts_of(&tensors, &format!("{layer}.mlp.down_proj.{leaf}"))[..] else {
-            panic!()
-        };
-        assert_eq!((kind, grid), ("intermediate", 128), "{leaf}");
-        let [(kind, _, grid)] = parts_of(&tensors, &format!("{layer}.self_attn.o_proj.{leaf}"))[..] else {
-            panic!()
-        };
-        assert_eq!((kind, grid), ("query_heads", 128), "{leaf}");
-    }
-}
-
-#[test]
-fn gptq_with_reordered_inputs_keeps_row_parallel_layers_whole() {
-    let raw = gptq_tensors(GEOMETRY, 4, 128);
-    let whole: u64 = raw.iter().filter(|t| t.name.contains("down_proj")).map(|t| t.bytes).sum();
-    let (tensors, unsplittable) = classify(raw, &dimensions(GEOMETRY, 1, gptq(4, 128, true)));
-    assert_parts_add_up(&tensors);
-    let named: Vec<_> = unsplittable.iter().map(|u| u.what.as_str()).collect();
-    assert_eq!(
-        named,
-        [
-            "model.layers.*.self_attn.o_proj (1 layer, 4 tensors)",
-            "model.layers.*.mlp.down_proj (1 layer, 4 tensors)"
-        ]
-    );
-    assert_eq!(unsplittable[1].bytes, whole);
-    assert!(unsplittable[0].reason.contains("desc_act"));
-    assert_eq!(parts_of(&tensors, "model.layers.0.mlp.up_proj.qweight")[0].0, "intermediate");
-    assert_eq!(parts_of(&tensors, "model.layers.0.mlp.down_proj.qweight")[0].0, "whole");
-}
-
-#[test]
-fn gptq_with_one_group_keeps_the_row_parallel_scales_whole() {
-    let (tensors, _) = classify(gptq_tensors(GEOMETRY, 8, 0), &dimensions(GEOMETRY, 1, gptq(8, 0, false)));
-    assert_eq!(parts_of(&tensors, "model.layers.0.mlp.down_proj.scales"), [("whole", 384 * 2, 1)]);
-    assert_eq!(
-        parts_of(&tensors, "model.layers.0.mlp.down_proj.qweight"),
-        [("intermediate", 256 * 384 * 4, 4)]
-    );
-}
-
-#[test]
-fn awq_cuts_outputs_at_packs_and_inputs_at_groups() {
-    let mut tensors = Vec::new();
-    for (name, outputs, inputs) in linears(GEOMETRY) {
-        tensors.push(raw(&format!("{name}.qweight"), "I32", &[inputs, outputs / 8], 4));
-        tensors.push(raw(&format!("{name}.qzeros"), "I32", &[inputs / 64, outputs / 8], 4));
-        tensors.push(raw(&format!("{name}.scales"), "F16", &[inputs / 64, outputs], 2));
-    }
-    let quantization = Quantization::Awq { bits: 4, group_size: 64 };
-    let (tensors, unsplittable) = classify(tensors, &dimensions(GEOMETRY, 1, quantization));
-    assert_parts_add_up(&tensors);
-    assert!(unsplittable.is_empty(), "{unsplittable:?}");
-    assert_eq!(parts_of(&tensors, "model.layers.0.mlp.up_proj.qweight")[0].2, 8);
-    assert_eq!(parts_of(&tensors, "model.layers.0.mlp.down_proj.scales")[0].2, 64);
-    assert_eq!(parts_of(&tensors, "model.layers.0.self_attn.o_proj.qzeros")[0].0, "query_heads");
-}
-
-#[test]
-fn float8_scales_follow_their_blocks() {
-    let g = Geometry { width: 1088, ..GEOMETRY };
-    let mut tensors = vec![bf16("lm_head.weight", &[1000, 384])];
-    for (name, outputs, inputs) in linears(g) {
-        tensors.push(raw(&format!("{name}.weight"), "F8_E4M3", &[outputs, inputs], 1));
-        let blocks = [outputs.div_ceil(128), inputs.div_ceil(128)];
-        tensors.push(raw(&format!("{name}.weight_scale_inv"), "F32", &blocks, 4));
-    }
-    let quantization = Quantization::Fp8Block { rows: 128, columns: 128 };
-    let (tensors, unsplittable) = classify(tensors, &dimensions(g, 1, quantization));
-    assert_parts_add_up(&tensors);
-    assert!(unsplittable.is_empty(), "{unsplittable:?}");
-    // What the checkpoint leaves in bfloat16 can be cut anywhere.
-    assert_eq!(parts_of(&tensors, "lm_head.weight"), [("vocabulary", 768_000, 1)]);
-    for leaf in ["weight", "weight_scale_inv"] {
-        for module in ["mlp.gate_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj"] {
-            let name = format!("model.layers.0.{module}.{leaf}");
-            assert_eq!(parts_of(&tensors, &name)[0].2, 128, "{name}");
-        }
-    }
-}
-
-#[test]
-fn a_fused_gate_whose_halves_do_not_end_on_a_block_is_held_whole_with_its_scales() {
-    let tensors = vec![
-        raw("model.layers.0.mlp.gate_up_proj.weight", "F8_E4M3", &[2 * 1088, 384], 1),
-        raw("model.layers.0.mlp.gate_up_proj.weight_scale_inv", "F32", &[17, 3], 4),
-        bf16("model.layers.0.mlp.gate_up_proj.bias", &[2 * 1088]),
-    ];
-    let g = Geometry { width: 1088, ..GEOMETRY };
-    let quantization = Quantization::Fp8Block { rows: 128, columns: 128 };
-    let (tensors, unsplittable) = classify(tensors, &dimensions(g, 1, quantization));
-    assert!(tensors.iter().all(|t| t.role == Role::Replicated && t.reason.is_some()), "{tensors:?}");
-    let [only] = unsplittable.as_slice() else { panic!("{unsplittable:?}") };
-    assert_eq!(only.bytes, tensors.iter().map(|t| t.bytes).sum::<u64>());
-    assert!(only.reason.contains("1088") && only.reason.contains("128"), "{only:?}");
-}
-
-#[test]
-fn exl2_counts_shares_in_blocks_of_32_columns() {
-    let g = Geometry { hidden: 512, ..GEOMETRY };
-    let mut tensors = Vec::new();
-    let head = ("lm_head".to_owned(), g.vocabulary, g.hidden);
-    for (name, outputs, inputs) in linears(g).into_iter().chain([head]) {
-        let (columns, groups) = (outputs.next_multiple_of(32), inputs / 32);
-        tensors.push(raw(&format!("{name}.q_weight"), "I32", &[inputs / 8, columns], 4));
-        tensors.push(raw(&format!("{name}.q_invperm"), "I32", &[inputs], 4));
-        tensors.push(raw(&format!("{name}.q_scale"), "I32", &[groups, columns / 8], 4));
-        tensors.push(raw(&format!("{name}.q_scale_max"), "F16", &[groups], 2));
-        tensors.push(raw(&format!("{name}.q_groups"), "I16", &[2 * groups], 2));
-    }
-    let (tensors, unsplittable) = classify(tensors, &dimensions(g, 1, Quantization::Exl2));
-    assert_parts_add_up(&tensors);
-    assert!(unsplittable.is_empty(), "{unsplittable:?}");
-    assert_eq!(parts_of(&tensors, "lm_head.q_weight"), [("vocabulary", 64 * 1024 * 4, 32)]);
-    assert_eq!(parts_of(&tensors, "model.layers.0.self_attn.o_proj.q_weight")[0].0, "query_heads");
-    assert_eq!(
-        parts_of(&tensors, "model.layers.0.mlp.down_proj.q_scale"),
-        [("intermediate", 32 * 64 * 4, 32)]
-    );
-    assert_eq!(parts_of(&tensors, "model.layers.0.self_attn.q_proj.q_groups")[0].0, "with_attention");
-}
-
-#[test]
-fn mxfp4_experts_are_cut_at_their_blocks() {
-    let mut dimensions = dimensions(GEOMETRY, 1, Quantization::Other { name: "mxfp4".to_owned() });
-    dimensions.layers[0].mlp = Mlp::Experts { count: 4, active: 2, width: 96, shared_width: 0 };
-    let at = "model.layers.0.mlp.experts";
-    let (tensors, unsplittable) = classify(
-        vec![
-            raw(&format!("{at}.gate_up_proj_blocks"), "U8", &[4, 192, 12, 16], 1),
-            raw(&format!("{at}.gate_up_proj_scales"), "U8", &[4, 192, 12], 1),
-            bf16(&format!("{at}.gate_up_proj_bias"), &[4, 192]),
-            raw(&format!("{at}.down_proj_blocks"), "U8", &[4, 384, 3, 16], 1),
-            raw(&format!("{at}.down_proj_scales"), "U8", &[4, 384, 3], 1),
-            bf16(&format!("{at}.down_proj_bias"), &[4, 384]),
-        ],
-        &dimensions,
-    );
-    assert!(unsplittable.is_empty(), "{unsplittable:?}");
-    let grids: Vec<_> = tensors.iter().map(|t| (kind(t.parts[0].along), t.parts[0].grid)).collect();
-    let experts = |grid| ("experts", grid);
-    assert_eq!(grids, [experts(1), experts(1), experts(1), experts(32), experts(32), ("whole", 1)]);
-}
-
-#[test]
-fn unknown_quantisations_leave_linear_layers_whole_and_say_so() {
-    let quantization = Quantization::Other { name: "bitsandbytes".to_owned() };
-    let (tensors, unsplittable) = classify(
-        vec![
-            raw("model.layers.0.mlp.up_proj.weight", "U8", &[196_608, 1], 1),
-            raw("model.layers.0.mlp.up_proj.weight.absmax", "F32", &[6144], 4),
-            raw("model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4", "U8", &[90], 1),
-            bf16("model.layers.0.self_attn.q_proj.weight", &[512, 384]),
-        ],
-        &dimensions(GEOMETRY, 1, quantization),
-    );
-    let [only] = unsplittable.as_slice() else { panic!("{unsplittable:?}") };
-    assert!(only.reason.contains("bitsandbytes") && only.what.contains("3 tensors"), "{only:?}");
-    // A module that the quantiser skipped is cut like any other.
-    assert_eq!(parts_of(&tensors, "model.layers.0.self_attn.q_proj.weight")[0].0, "query_heads");
-}
-
 #[test]
 fn what_is_not_the_language_model_is_held_whole_and_named_once() {
     let mut raw: Vec<_> = (0..24)
@@ -399,6 +164,103 @@ fn what_is_not_the_language_model_is_held_whole_and_named_once() {
             ("model.language_model.layers.*.odd_thing (2 layers, 2 tensors)", 2 * 3 * 384 * 2),
         ]
     );
+}
+
+fn experts(count: u64, width: u64, shared_width: u64) -> Mlp {
+    Mlp::Experts { count, active: 2, width, shared_width }
+}
+
+#[test]
+fn gguf_names_of_experts_and_latent_attention_are_known() {
+    let mut dimensions = dimensions(GEOMETRY, 2, Quantization::Gguf);
+    dimensions.layers[1] = Layer {
+        mixer: Mixer::Latent { query_heads: 8, latent_dim: 48, rope_dim: 16 },
+        mlp: experts(4, 96, 192),
+    };
+    dimensions.layers[0].mlp = experts(4, 96, 0);
+    let expected: [(&str, &[u64], &str); 22] = [
+        ("blk.0.attn_q.weight", &[512, 384], "query_heads"),
+        ("blk.0.attn_q.bias", &[512], "query_heads"),
+        ("blk.0.attn_output.bias", &[384], "whole"),
+        ("blk.0.attn_sinks.weight", &[8], "query_heads"),
+        ("blk.0.attn_k_norm.weight", &[64], "with_attention"),
+        ("blk.0.ffn_gate_exps.weight", &[4, 96, 384], "experts"),
+        ("blk.0.ffn_gate_exps.bias", &[4, 96], "experts"),
+        ("blk.0.ffn_down_exps.weight", &[4, 384, 96], "experts"),
+        ("blk.0.ffn_up.3.weight", &[96, 384], "experts"),
+        ("blk.0.ffn_gate_inp.weight", &[4, 384], "whole"),
+        ("blk.1.attn_q_a.weight", &[40, 384], "with_attention"),
+        ("blk.1.attn_q_b.weight", &[8 * 72, 40], "query_heads"),
+        ("blk.1.attn_kv_a_mqa.weight", &[64, 384], "with_attention"),
+        ("blk.1.attn_kv_a_norm.weight", &[48], "with_attention"),
+        ("blk.1.attn_kv_b.weight", &[8 * 120, 48], "query_heads"),
+        ("blk.1.attn_k_b.weight", &[8, 48, 56], "query_heads"),
+        ("blk.1.attn_v_b.weight", &[8, 64, 48], "query_heads"),
+        ("blk.1.attn_output.weight", &[384, 512], "query_heads"),
+        ("blk.1.ffn_up_shexp.weight", &[192, 384], "intermediate"),
+        ("blk.1.ffn_down_shexp.weight", &[384, 192], "intermediate"),
+        ("blk.1.exp_probs_b.bias", &[4], "whole"),
+        ("rope_freqs.weight", &[32], "whole"),
+    ];
+    let raw = expected.iter().map(|(name, shape, _)| bf16(name, shape)).collect();
+    let (tensors, unsplittable) = classify(raw, &dimensions);
+    assert!(unsplittable.is_empty(), "{unsplittable:?}");
+    assert_parts_add_up(&tensors);
+    for (name, _, wanted) in expected {
+        let [(got, ..)] = parts_of(&tensors, name)[..] else { panic!("{name}") };
+        assert_eq!(got, wanted, "{name}");
+    }
+}
+
+#[test]
+fn names_that_vary_between_publishers_lead_to_the_same_roles() {
+    let spellings: [[&str; 4]; 6] = [
+        [
+            "layers.0.self_attn.q_proj",
+            "layers.0.self_attn.o_proj",
+            "layers.0.mlp.up_proj",
+            "layers.0.mlp.down_proj",
+        ],
+        [
+            "model.decoder.layers.0.self_attn.q_proj",
+            "model.decoder.layers.0.self_attn.out_proj",
+            "model.decoder.layers.0.fc1",
+            "model.decoder.layers.0.fc2",
+        ],
+        [
+            "transformer.h.0.attn.q_proj",
+            "transformer.h.0.attn.out_proj",
+            "transformer.h.0.mlp.fc_in",
+            "transformer.h.0.mlp.fc_out",
+        ],
+        [
+            "language_model.model.layers.0.self_attn.q_proj",
+            "language_model.model.layers.0.self_attn.o_proj",
+            "language_model.model.layers.0.mlp.up_proj",
+            "language_model.model.layers.0.mlp.down_proj",
+        ],
+        [
+            "model.layers.0.attention.wq",
+            "model.layers.0.attention.wo",
+            "model.layers.0.feed_forward.w3",
+            "model.layers.0.feed_forward.w2",
+        ],
+        [
+            "gpt_neox.layers.0.attention.q_proj",
+            "gpt_neox.layers.0.attention.dense",
+            "gpt_neox.layers.0.mlp.dense_h_to_4h",
+            "gpt_neox.layers.0.mlp.dense_4h_to_h",
+        ],
+    ];
+    let shapes = [[512, 384], [384, 512], [1024, 384], [384, 1024]];
+    let roles = [Role::AttentionIn, Role::AttentionOut, Role::MlpIn, Role::MlpOut];
+    for spelling in spellings {
+        let raw =
+            spelling.iter().zip(&shapes).map(|(n, shape)| bf16(&format!("{n}.weight"), shape)).collect();
+        let (tensors, _) = classify(raw, &dimensions(GEOMETRY, 1, Quantization::None));
+        let got: Vec<_> = tensors.iter().map(|t| t.role).collect();
+        assert_eq!(got, roles, "{spelling:?}");
+    }
 }
 
 #[test]
@@ -464,7 +326,7 @@ proptest! {
         bits: u64, group: u64, method in 0..5,
     ) {
         let quantization = match method {
-            0 => gptq(bits, group, false),
+            0 => Quantization::Gptq { bits, group_size: group, act_order: false },
             1 => Quantization::Awq { bits, group_size: group },
             2 => Quantization::Fp8Block { rows: bits, columns: group },
             3 => Quantization::Exl2,
