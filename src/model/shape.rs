@@ -1,8 +1,16 @@
 //! [`ModelShape`]: everything that a plan must know of a model.
 
-use serde::{Deserialize, Serialize};
+use std::path::Path;
 
-use super::Tensor;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::names::{self, Leaf};
+use super::{
+    RawTensor, Role, Tensor, check, checkpoint, config, exllamav2, from_headers, gguf_config, inventory,
+    roles,
+};
+use crate::error::{Error, Result};
 
 /// Where a [`ModelShape`] was read from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -184,3 +192,160 @@ pub struct ModelShape {
     /// What cannot be split, with reasons.
     pub unsplittable: Vec<Unsplittable>,
 }
+
+impl ModelShape {
+    /// Reads the model at `path`: a folder with `config.json` and safetensors files, a GGUF file, or a part of those.
+    ///
+    /// Only headers and configurations are read, never weights. Headers give the exact bytes of every tensor;
+    /// without them the tensors are those that the architecture is known to have, without a configuration the
+    /// dimensions are taken from the headers as far as they go.
+    ///
+    /// # Errors
+    /// [`Error::File`] for what cannot be read, [`Error::NoModel`] for a path that holds no model,
+    /// [`Error::BrokenHeader`] and [`Error::MissingShard`] for broken files, [`Error::UnknownArchitecture`] for a lone
+    /// configuration of an unknown architecture, [`Error::Contradiction`] where configuration and headers disagree
+    /// or tensors are missing.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::from_checkpoint(checkpoint::find(path.as_ref())?)
+    }
+
+    /// The shape of a transformers configuration (the object in `config.json`), without any checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::BrokenHeader`] or [`Error::Contradiction`] for values that cannot be, [`Error::UnknownArchitecture`]
+    /// for a `model_type` whose tensors are not known.
+    pub fn from_config(config: &Value, name: &str) -> Result<Self> {
+        let dimensions = config::dimensions(config, name)?;
+        let tensors = inventory::tensors(config, &dimensions, name)?;
+        Ok(Self::classified(name.to_owned(), Source::Config, tensors, dimensions))
+    }
+
+    /// The shape of an ExLlamaV2-like configuration object, given as a JSON object of its attributes.
+    ///
+    /// Wanted are `hidden_size`, `intermediate_size`, `vocab_size`, `num_attention_heads`, `num_key_value_heads`,
+    /// `head_dim` and `num_hidden_layers`; `num_key_value_groups`, `max_seq_len` and `arch_string` are used if they are
+    /// there. With `model_dir` the headers in that folder give the exact bytes. Without it the weights are taken to
+    /// be those of a Llama in float16, and the name says so: how many bits EXL2 gives a weight is in no attribute.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for attributes that are missing, zero or not whole numbers,
+    /// [`Error::Contradiction`] where they disagree with each other or with `model_dir`, and those of
+    /// [`ModelShape::open`] for `model_dir`.
+    pub fn from_exllamav2(attributes: &Value, name: &str) -> Result<Self> {
+        let dimensions = exllamav2::dimensions(attributes, name)?;
+        let folder = match attributes.get("model_dir") {
+            None | Some(Value::Null) => None,
+            Some(Value::String(folder)) => Some(folder),
+            Some(other) => return Err(Error::invalid("model_dir", other, "a path, or nothing")),
+        };
+        let Some(folder) = folder else {
+            let tensors = exllamav2::llama_tensors(&dimensions)?;
+            let name = format!("{name} (no model_dir: weights of a Llama in float16)");
+            return Ok(Self::classified(name, Source::ExLlamaV2, tensors, dimensions));
+        };
+        let found = checkpoint::find(Path::new(folder))?;
+        let max_positions = dimensions.max_positions;
+        let mut shape = match (&found.config, found.tensors) {
+            (None, Some(tensors)) => {
+                Self::assemble(name.to_owned(), Source::ExLlamaV2, tensors, dimensions, false)?
+            }
+            (config, tensors) => {
+                let config = config.clone();
+                let shape = Self::from_checkpoint(checkpoint::Checkpoint { config, tensors, ..found })?;
+                exllamav2::agree(&dimensions, &shape.dimensions, name)?;
+                Self { name: name.to_owned(), source: Source::ExLlamaV2, ..shape }
+            }
+        };
+        shape.dimensions.max_positions = max_positions.or(shape.dimensions.max_positions);
+        Ok(shape)
+    }
+
+    /// Bytes of all tensors, each once.
+    #[must_use]
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.iter().fold(0, |sum, tensor| sum.saturating_add(tensor.bytes))
+    }
+
+    /// The tensor of this name.
+    #[must_use]
+    pub fn tensor(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.iter().find(|tensor| tensor.name == name)
+    }
+
+    /// The tensors of one role, in the order of the checkpoint.
+    pub fn with_role(&self, role: Role) -> impl Iterator<Item = &Tensor> {
+        self.tensors.iter().filter(move |tensor| tensor.role == role)
+    }
+
+    fn from_checkpoint(found: checkpoint::Checkpoint) -> Result<Self> {
+        let name = found.name;
+        if let Some(gguf) = found.gguf {
+            let dimensions = gguf_config::dimensions(&gguf, &name)?;
+            return Self::assemble(name, Source::Gguf, gguf.tensors, dimensions, false);
+        }
+        match (found.config, found.tensors) {
+            (Some(config), None) => {
+                Self::from_config(&with_quantization(config, found.quantize_config), &name)
+            }
+            (Some(config), Some(tensors)) => {
+                let config = with_quantization(config, found.quantize_config);
+                let dimensions = config::dimensions(&config, &name)?;
+                Self::assemble(name, Source::Safetensors, tensors, dimensions, says_tied(&config))
+            }
+            (None, Some(tensors)) => {
+                let dimensions = from_headers::dimensions(&tensors, &name)?;
+                Self::assemble(name, Source::Safetensors, tensors, dimensions, false)
+            }
+            (None, None) => Err(Error::NoModel {
+                path: name.into(),
+                found: "neither a configuration nor tensor headers".to_owned(),
+                wanted: "config.json, *.safetensors or *.gguf".to_owned(),
+            }),
+        }
+    }
+
+    /// Checks headers against dimensions, then gives every tensor its role.
+    pub(crate) fn assemble(
+        name: String,
+        source: Source,
+        mut tensors: Vec<RawTensor>,
+        mut dimensions: Dimensions,
+        says_tied: bool,
+    ) -> Result<Self> {
+        // The name of the packed weight says EXL2 even where the configuration is silent.
+        if dimensions.quantization == Quantization::None
+            && tensors.iter().any(|tensor| names::read(&tensor.name).leaf == Leaf::ExlWeight)
+        {
+            dimensions.quantization = Quantization::Exl2;
+        }
+        check::against(&mut tensors, &mut dimensions, says_tied, &name)?;
+        Ok(Self::classified(name, source, tensors, dimensions))
+    }
+
+    fn classified(name: String, source: Source, tensors: Vec<RawTensor>, dimensions: Dimensions) -> Self {
+        let (tensors, unsplittable) = roles::classify(tensors, &dimensions);
+        Self { name, source, dimensions, tensors, unsplittable }
+    }
+}
+
+/// Whether a configuration says itself that the head is the embedding. A default does not count: a checkpoint of a
+/// model whose class has another default may well hold a head of its own.
+fn says_tied(config: &Value) -> bool {
+    let flag = |config: &Value| config.get("tie_word_embeddings").and_then(Value::as_bool);
+    flag(config).or_else(|| config.get("text_config").and_then(flag)).unwrap_or(false)
+}
+
+/// The configuration with the settings that `AutoGPTQ` and `AutoAWQ` wrote into a file of their own.
+fn with_quantization(mut config: Value, settings: Option<Value>) -> Value {
+    let own = config.get("quantization_config").is_some_and(|settings| !settings.is_null());
+    if let (false, Some(Value::Object(mut settings)), Some(config)) = (own, settings, config.as_object_mut())
+    {
+        let awq = settings.contains_key("w_bit") || settings.contains_key("q_group_size");
+        settings.entry("quant_method").or_insert_with(|| Value::from(if awq { "awq" } else { "gptq" }));
+        config.insert("quantization_config".to_owned(), Value::Object(settings));
+    }
+    config
+}
+
+#[cfg(test)]
+mod tests;
