@@ -48,7 +48,7 @@ const SIDE_BY_SIDE: &[&str] = &["falcon-h1"];
 /// Missing keys, wrong types, absurd values, dimensions that contradict each other or the tensors.
 pub(crate) fn dimensions(gguf: &GgufFile, name: &str) -> Result<Dimensions> {
     let architecture = match gguf.metadata.get("general.architecture") {
-        Some(GgufValue::Text(text)) if !text.is_empty() => text.as_str(),
+        Some(GgufValue::String(text)) if !text.is_empty() => text.as_str(),
         Some(other) => {
             return Err(broken(name, format!("general.architecture is {}, wanted a name", shown(other))));
         }
@@ -185,11 +185,13 @@ impl Metadata<'_> {
             .or_else(|| UNWRITTEN.iter().find(|entry| entry.0 == self.architecture).map(|entry| entry.1));
         let listed = PATTERNS.iter().find(|entry| entry.0 == self.architecture).map(|entry| entry.1);
         // A number is "every how manieth layer sees everything"; an array says it of each layer.
-        let (pattern, each) = match self.value("attention.sliding_window_pattern").map(|found| found.1) {
-            Some(GgufValue::Numbers(list)) => {
-                (None, Some(self.length("attention.sliding_window_pattern", list, layers)?))
+        let list = self.value("attention.sliding_window_pattern").and_then(|found| found.1.as_numbers());
+        let (pattern, each) = match list {
+            Some(list) => {
+                self.length("attention.sliding_window_pattern", &list, layers)?;
+                (None, Some(list))
             }
-            _ => (self.number("attention.sliding_window_pattern", MOST_LAYERS)?.or(listed), None),
+            None => (self.number("attention.sliding_window_pattern", MOST_LAYERS)?.or(listed), None),
         };
         let windowed = |layer: u64| match (&each, pattern) {
             (Some(each), _) => {
@@ -329,7 +331,7 @@ impl Metadata<'_> {
         // The embedding may be padded beyond the tokens; its rows are what is split.
         let rows = self.gguf.tensors.iter().find(|tensor| tensor.name == "token_embd.weight");
         let tokens = match self.gguf.metadata.get("tokenizer.ggml.tokens") {
-            Some(GgufValue::Skipped { count }) => Some(*count),
+            Some(GgufValue::Array(words)) => Some(words.length),
             _ => None,
         };
         let size = rows.and_then(|tensor| tensor.shape.first().copied()).or(tokens);

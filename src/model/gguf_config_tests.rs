@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use super::gguf::{GgufFile, GgufValue};
+use super::gguf::{GgufArray, GgufFile, GgufType, GgufValue};
 use super::gguf_config::dimensions;
 use super::inventory_tests::published;
 use super::{RawTensor, config};
@@ -13,8 +13,18 @@ fn file(architecture: &str, numbers: &[(&str, u64)]) -> GgufFile {
         .iter()
         .map(|(key, value)| (format!("{architecture}.{key}"), GgufValue::Unsigned(*value)))
         .collect();
-    metadata.insert("general.architecture".to_owned(), GgufValue::Text(architecture.to_owned()));
-    GgufFile { version: 3, metadata, tensors: Vec::new() }
+    metadata.insert("general.architecture".to_owned(), GgufValue::String(architecture.to_owned()));
+    GgufFile { version: 3, metadata, ..GgufFile::default() }
+}
+
+fn list(values: Vec<f64>) -> GgufValue {
+    let length = values.len() as u64;
+    let values = Some(values.into_iter().map(GgufValue::Float).collect());
+    GgufValue::Array(GgufArray { element: GgufType::F64, length, values })
+}
+
+fn words(length: u64) -> GgufValue {
+    GgufValue::Array(GgufArray { element: GgufType::String, length, values: None })
 }
 
 fn tensor(name: &str, shape: &[u64], block: u64) -> RawTensor {
@@ -52,7 +62,7 @@ fn gguf_and_configuration_of_one_model_agree() {
 fn an_output_tensor_unties_and_the_embedding_gives_the_vocabulary() {
     let mut file = smollm();
     file.metadata.remove("llama.vocab_size");
-    file.metadata.insert("tokenizer.ggml.tokens".to_owned(), GgufValue::Skipped { count: 49_000 });
+    file.metadata.insert("tokenizer.ggml.tokens".to_owned(), words(49_000));
     file.tensors.push(tensor("output.weight", &[49152, 576], 1));
     let got = dimensions(&file, "untied.gguf").unwrap();
     assert!(!got.tied_embeddings);
@@ -116,9 +126,9 @@ fn windows_follow_the_architecture_or_the_file() {
     // The same as an array, which then decides.
     let flags = (1..=26).map(|layer| f64::from(u8::from(layer % 6 != 0))).collect();
     let key = "gemma3.attention.sliding_window_pattern".to_owned();
-    file.metadata.insert(key.clone(), GgufValue::Numbers(flags));
+    file.metadata.insert(key.clone(), list(flags));
     assert_eq!(dimensions(&file, "gemma.gguf").unwrap().layers, wanted.layers);
-    file.metadata.insert(key, GgufValue::Numbers(vec![1.0; 3]));
+    file.metadata.insert(key, list(vec![1.0; 3]));
     let error = dimensions(&file, "gemma.gguf").unwrap_err();
     assert!(
         matches!(error, Error::Contradiction { .. }) && error.to_string().contains("3 entries"),
@@ -143,9 +153,8 @@ fn layers_differ_where_their_tensors_or_arrays_say_so() {
             ("vocab_size", 65536),
         ],
     );
-    file.metadata
-        .insert("jamba.attention.head_count_kv".into(), GgufValue::Numbers(vec![0.0, 8.0, 0.0, 0.0]));
-    file.metadata.insert("jamba.feed_forward_length".into(), GgufValue::Numbers(vec![14336.0; 4]));
+    file.metadata.insert("jamba.attention.head_count_kv".into(), list(vec![0.0, 8.0, 0.0, 0.0]));
+    file.metadata.insert("jamba.feed_forward_length".into(), list(vec![14336.0; 4]));
     file.tensors
         .extend([1, 3].map(|layer| tensor(&format!("blk.{layer}.ffn_gate_inp.weight"), &[16, 4096], 1)));
     let got = dimensions(&file, "jamba.gguf").unwrap();
@@ -166,9 +175,9 @@ fn broken_metadata_names_the_key_and_the_value() {
         ("llama.block_count", GgufValue::Unsigned(0), "llama.block_count is 0"),
         ("llama.block_count", GgufValue::Unsigned(1 << 40), "1099511627776"),
         ("llama.embedding_length", GgufValue::Signed(-5), "-5"),
-        ("llama.feed_forward_length", GgufValue::Text("wide".to_owned()), "\"wide\""),
+        ("llama.feed_forward_length", GgufValue::String("wide".to_owned()), "\"wide\""),
         ("llama.attention.head_count_kv", GgufValue::Unsigned(2), "9 attention heads in layer 0"),
-        ("llama.attention.head_count", GgufValue::Numbers(vec![9.0; 29]), "29 entries"),
+        ("llama.attention.head_count", list(vec![9.0; 29]), "29 entries"),
     ];
     for (key, value, wanted) in cases {
         let mut file = smollm();

@@ -47,11 +47,12 @@ impl Metadata<'_> {
         let value = match value {
             GgufValue::Unsigned(number) => Some(*number),
             GgufValue::Signed(number) => u64::try_from(*number).ok(),
-            GgufValue::Numbers(list) => match list.first() {
-                Some(first) if list.iter().all(|other| (other - first).abs() < 0.5) => whole(*first),
+            other => match other.as_numbers().as_deref() {
+                Some([first, rest @ ..]) if rest.iter().all(|other| (other - first).abs() < 0.5) => {
+                    whole(*first)
+                }
                 _ => None,
             },
-            _ => None,
         };
         match value {
             Some(number) if number <= most => Ok(Some(number)),
@@ -69,18 +70,20 @@ impl Metadata<'_> {
 
     /// One number for all layers, or an array of them.
     pub(super) fn per_layer(&self, key: &str, layers: usize, most: u64) -> Result<Option<Vec<u64>>> {
-        let Some((full, GgufValue::Numbers(list))) = self.value(key) else {
+        let listed = self.value(key).and_then(|(full, value)| value.as_numbers().map(|list| (full, list)));
+        let Some((full, list)) = listed else {
             return Ok(self.number(key, most)?.map(|number| vec![number; layers]));
         };
         let one = |value: &f64| {
             whole(*value).filter(|number| *number <= most).ok_or_else(|| self.wrong(&full, most))
         };
-        self.length(key, list, layers)?.iter().map(one).collect::<Result<Vec<_>>>().map(Some)
+        self.length(key, &list, layers)?;
+        list.iter().map(one).collect::<Result<Vec<_>>>().map(Some)
     }
 
-    pub(super) fn length<'b>(&self, key: &str, list: &'b [f64], layers: usize) -> Result<&'b [f64]> {
+    pub(super) fn length(&self, key: &str, list: &[f64], layers: usize) -> Result<()> {
         if list.len() == layers {
-            return Ok(list);
+            return Ok(());
         }
         Err(Error::Contradiction {
             source_name: self.name.to_owned(),
@@ -114,9 +117,8 @@ pub(super) fn shown(value: &GgufValue) -> String {
         GgufValue::Signed(number) => number.to_string(),
         GgufValue::Float(number) => number.to_string(),
         GgufValue::Bool(flag) => flag.to_string(),
-        GgufValue::Text(text) => format!("{:?}", text.chars().take(60).collect::<String>()),
-        GgufValue::Numbers(list) => format!("an array of {} numbers", list.len()),
-        GgufValue::Skipped { count } => format!("an array of {count}"),
+        GgufValue::String(text) => format!("{:?}", text.chars().take(60).collect::<String>()),
+        GgufValue::Array(list) => format!("an array of {} values", list.length),
     }
 }
 

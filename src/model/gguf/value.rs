@@ -158,4 +158,11 @@ impl GgufValue {
     pub fn as_bools(&self) -> Option<Vec<bool>> {
         self.as_array()?.values.as_ref()?.iter().map(Self::as_bool).collect()
     }
+
+    /// An array's values as numbers, truth values as 0 and 1; `None` where it is no such array, or was not kept.
+    #[must_use]
+    pub fn as_numbers(&self) -> Option<Vec<f64>> {
+        let number = |value: &Self| value.as_f64().or_else(|| value.as_bool().map(f64::from));
+        self.as_array()?.values.as_ref()?.iter().map(number).collect()
+    }
 }
