@@ -3,6 +3,7 @@
 
 use serde_json::Value;
 
+use super::config_decoder::decoder;
 use super::config_layers::{Kind, kinds};
 use super::config_mlp::mlps;
 use super::config_quantization::quantization;
@@ -16,7 +17,7 @@ const QUERY_HEADS: &[&str] = &["num_attention_heads", "n_head", "n_heads", "num_
 const KV_HEADS: &[&str] =
     &["num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "num_query_groups"];
 const HEAD_DIM: &[&str] = &["head_dim", "kv_channels", "attention_head_dim", "head_size"];
-const VOCABULARY: &[&str] = &["vocab_size", "padded_vocab_size", "n_vocab"];
+pub(super) const VOCABULARY: &[&str] = &["vocab_size", "padded_vocab_size", "n_vocab"];
 const POSITIONS: &[&str] = &[
     "max_position_embeddings",
     "n_positions",
@@ -25,44 +26,6 @@ const POSITIONS: &[&str] = &[
     "seq_length",
     "n_ctx",
     "model_max_length",
-];
-
-/// Models that read but do not write: their layers attend both ways and keep no cache.
-const ENCODERS: &[&str] = &[
-    "albert",
-    "bert",
-    "camembert",
-    "data2vec-text",
-    "deberta",
-    "deberta-v2",
-    "distilbert",
-    "electra",
-    "ernie",
-    "esm",
-    "eurobert",
-    "flaubert",
-    "funnel",
-    "ibert",
-    "layoutlm",
-    "layoutlmv3",
-    "longformer",
-    "luke",
-    "megatron-bert",
-    "mobilebert",
-    "modernbert",
-    "mpnet",
-    "mra",
-    "nezha",
-    "nomic_bert",
-    "nystromformer",
-    "rembert",
-    "roberta",
-    "roberta-prelayernorm",
-    "roformer",
-    "squeezebert",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "xmod",
 ];
 
 /// The dimensions of the language model that `config`, a transformers `config.json`, describes.
@@ -105,36 +68,6 @@ pub(crate) fn dimensions(config: &Value, name: &str) -> Result<Dimensions> {
         layers,
         quantization: quantization(&config)?,
     })
-}
-
-/// Refuses what is no decoder language model, saying what it is.
-fn decoder(config: &Config<'_>) -> Result<()> {
-    let architecture = config.architecture();
-    let refused = |found: String| Error::NoModel {
-        path: config.name().into(),
-        found,
-        wanted: "the configuration of a decoder language model (one that generates text)".to_owned(),
-    };
-    let classes = config.get_anywhere(&["architectures"]).map_or_else(String::new, |(_, value)| {
-        format!(", architectures {}", value.to_string().chars().take(120).collect::<String>())
-    });
-    if config.flag_anywhere(&["is_encoder_decoder"])? == Some(true) {
-        return Err(refused(format!("an encoder with a decoder (model_type \"{architecture}\"{classes})")));
-    }
-    if ENCODERS.contains(&architecture) && config.flag(&["is_decoder"])? != Some(true) {
-        return Err(refused(format!("an encoder only (model_type \"{architecture}\"{classes})")));
-    }
-    let picture =
-        config.get(&["image_size", "patch_size", "num_channels", "num_mel_bins", "conv_dim", "depths"]);
-    if config.get(VOCABULARY).is_none()
-        && let Some((key, value)) = picture
-    {
-        return Err(refused(format!(
-            "a vision or audio model without a vocabulary (model_type \"{architecture}\"{classes}, {key} {})",
-            short(value)
-        )));
-    }
-    Ok(())
 }
 
 fn layer_count(config: &Config<'_>) -> Result<usize> {

@@ -112,6 +112,15 @@ fn what_is_no_decoder_or_has_an_unknown_cache_is_named() {
             "side by side",
         ),
         (indexed, "index_head_dim 128"),
+        (
+            json!({"model_type": "clip", "text_config": {"model_type": "clip_text_model", "vocab_size": 49408,
+                   "hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048}}),
+            "\"clip_text_model\"",
+        ),
+        (
+            llama(&json!({"model_type": "new_bert", "architectures": ["NewBertForMaskedLM"]})),
+            "NewBertForMaskedLM",
+        ),
     ];
     for (config, wanted) in cases {
         let error = read(&config).unwrap_err();

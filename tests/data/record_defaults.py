@@ -9,31 +9,12 @@ import sys
 
 from transformers import CONFIG_MAPPING
 
-CLASSES = """
-    llama mistral mixtral minimax qwen2 qwen3 qwen2_moe qwen3_moe qwen3_next qwen3_5_text qwen3_5_moe_text
-    qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text gemma gemma2 gemma3_text gemma3n_text gemma4_text
-    phi phi3 phimoe deepseek_v2 deepseek_v3 glm4_moe olmo olmo2 olmo3 olmoe granite granitemoe granitemoehybrid
-    cohere cohere2 starcoder2 smollm3 glm glm4 gpt_neox gpt_oss stablelm falcon gpt2 gpt_bigcode gptj bloom
-    llama4_text exaone4 nemotron jamba bamba mamba falcon_mamba mamba2 rwkv lfm2 ernie4_5
-""".split()
+CLASSES = ["llama", "mistral", "mixtral", "minimax", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "phi", "phi3", "phimoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "olmo", "olmo2", "olmo3", "olmoe", "granite", "granitemoe", "granitemoehybrid", "cohere", "cohere2", "starcoder2", "smollm3", "glm", "glm4", "gpt_neox", "gpt_oss", "stablelm", "falcon", "gpt2", "gpt_bigcode", "gptj", "bloom", "llama4_text", "exaone4", "nemotron", "jamba", "bamba", "mamba", "falcon_mamba", "mamba2", "rwkv", "lfm2", "ernie4_5"]
 
 # May only be left out inside a wrapper.
-NESTED = """
-    hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size max_position_embeddings
-    moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp num_local_experts num_experts
-    n_routed_experts num_experts_per_tok n_shared_experts
-""".split()
-NUMBERS = """
-    num_key_value_heads head_dim sliding_window attention_chunk_size max_window_layers first_k_dense_replace
-    decoder_sparse_step moe_layer_freq interleave_moe_layer_step no_rope_layer_interval full_attention_interval
-    linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads linear_num_value_heads linear_value_head_dim
-    attn_layer_period attn_layer_offset expert_layer_period expert_layer_offset mamba_d_state mamba_d_conv
-    mamba_expand mamba_n_heads mamba_n_groups state_size conv_kernel expand n_groups conv_L_cache
-""".split()
-FLAGS = """
-    attention_bias mlp_bias use_bias qkv_bias use_qkv_bias qk_layernorm use_qk_norm use_parallel_residual
-    multi_query parallel_attn alibi bias
-""".split()
+NESTED = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings", "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp", "num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok", "n_shared_experts"]
+NUMBERS = ["num_key_value_heads", "head_dim", "sliding_window", "attention_chunk_size", "max_window_layers", "first_k_dense_replace", "decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step", "no_rope_layer_interval", "full_attention_interval", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_value_head_dim", "attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset", "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_n_heads", "mamba_n_groups", "state_size", "conv_kernel", "expand", "n_groups", "conv_L_cache"]
+FLAGS = ["attention_bias", "mlp_bias", "use_bias", "qkv_bias", "use_qkv_bias", "qk_layernorm", "use_qk_norm", "use_parallel_residual", "multi_query", "parallel_attn", "alibi", "bias"]
 # Absent means something else than false.
 BOTH_WAYS = ["tie_word_embeddings", "use_sliding_window"]
 

@@ -28,7 +28,12 @@ import sys
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 HERE = pathlib.Path(__file__).parent
