@@ -152,7 +152,7 @@ impl<'a> Checkpoint<'a> {
             };
         };
         let says = || format!("num_hidden_layers {count}");
-        if highest + 1 < count {
+        if highest.saturating_add(1) < count {
             return Err(self.contradiction(
                 says(),
                 format!("headers whose last layer is {highest}"),
@@ -201,8 +201,8 @@ impl<'a> Checkpoint<'a> {
                 };
                 let turned = name.may_be_transposed && other.is_some() && other == rule.total();
                 // EXL2 pads outputs to 32 columns.
-                let padded =
-                    name.leaf == Leaf::ExlWeight && got == rule.total().map(|n| n.next_multiple_of(32));
+                let padded = name.leaf == Leaf::ExlWeight
+                    && got == rule.total().and_then(|n| n.checked_next_multiple_of(32));
                 got.is_none() || got == rule.total() || turned || padded
             });
             if !fits {

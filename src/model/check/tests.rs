@@ -158,4 +158,20 @@ proptest! {
         let wanted = if alone { "of layer" } else { lost.name.as_str() };
         prop_assert!(error.contains(wanted), "{name}: {} is not in {error}", lost.name);
     }
+
+    #[test]
+    fn no_name_or_shape_brings_it_down(
+        names in prop::collection::vec("(model\\.|blk\\.)(layers\\.|)[0-9]{1,20}\\.(mlp|self_attn|experts\\.[0-9]{1,20})\\.(q_proj|k_proj|o_proj|up_proj|down_proj|w1|kv_b_proj)\\.(weight|qweight|q_weight)", 1..6),
+        shape in prop::collection::vec(prop_oneof![Just(u64::MAX), 0_u64..100], 0..4), model in 0_usize..20, method in 0..3,
+    ) {
+        let (mut raw, mut dimensions, _) = tiny(&tiny_names()[model]);
+        dimensions.quantization = match method {
+            0 => Quantization::None,
+            1 => Quantization::Gptq { bits: 4, group_size: 32, act_order: false },
+            _ => Quantization::Exl2,
+        };
+        raw.extend(names.into_iter().map(|name| RawTensor { name, dtype: "I32".to_owned(), shape: shape.clone(), bytes: 1, block: 1 }));
+        let _ = run(raw.clone(), dimensions.clone());
+        let _ = crate::model::from_headers::dimensions(&raw, "headers");
+    }
 }
