@@ -156,9 +156,9 @@ impl Error {
     #[must_use]
     pub fn kind(&self) -> Kind {
         match self {
-            Self::InvalidArgument { .. } | Self::NothingToApportion { .. } | Self::ReferenceRefuses { .. } => {
-                Kind::InvalidInput
-            }
+            Self::InvalidArgument { .. }
+            | Self::NothingToApportion { .. }
+            | Self::ReferenceRefuses { .. } => Kind::InvalidInput,
             Self::DoesNotFit(_) => Kind::DoesNotFit,
             Self::File { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Kind::MissingFile,
             Self::File { .. } => Kind::File,

@@ -2,10 +2,11 @@
 
 mod complete;
 
-use super::geometry::{self, Side, Verdict};
-use super::names::{self, Leaf, Module, Name, Region, Scope, Size};
-use super::{Dimensions, Layer, Mixer, Mlp, Quantization, RawTensor, quantization};
+use super::{Dimensions, Layer, Mixer, Mlp, Quantization, RawTensor};
 use crate::error::{Error, Result};
+use crate::model::roles::geometry::{self, Side, Verdict};
+use crate::model::roles::grids;
+use crate::model::roles::names::{self, Leaf, Module, Name, Region, Scope, Size};
 
 /// Compares the headers with the dimensions and settles what only the headers know: the rows of a padded vocabulary,
 /// and whether there is an output head of its own.
@@ -64,7 +65,7 @@ impl<'a> Checkpoint<'a> {
     }
 
     fn size(&self, name: &Name, tensor: &RawTensor) -> Option<Size> {
-        quantization::size(name, tensor, &self.dimensions.quantization)
+        grids::size(name, tensor, &self.dimensions.quantization)
     }
 
     fn contradiction(&self, left: String, right: String, remedy: &str) -> Error {

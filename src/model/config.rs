@@ -1,15 +1,24 @@
 //! Dimensions from a transformers `config.json`, by general rules; what architectures do differently is in
 //! tables (`config_defaults.rs`, `config_layers.rs`), and no checkpoint is named anywhere.
 
+pub(in crate::model) mod decoder;
+pub(in crate::model) mod defaults;
+pub(in crate::model) mod layers;
+pub(in crate::model) mod mlp;
+pub(in crate::model) mod quantization;
+pub(in crate::model) mod reader;
+#[cfg(test)]
+mod tests;
+
 use serde_json::Value;
 
-use super::config_decoder::decoder;
-use super::config_layers::{Kind, kinds};
-use super::config_mlp::mlps;
-use super::config_quantization::quantization;
-use super::config_reader::{Config, LARGEST_DIMENSION, MOST_LAYERS, short};
 use super::{Dimensions, Layer, Mixer, Mlp};
 use crate::error::{Error, Result};
+use crate::model::config::decoder::decoder;
+use crate::model::config::layers::{Kind, kinds};
+use crate::model::config::mlp::mlps;
+use crate::model::config::quantization::quantization;
+use crate::model::config::reader::{Config, LARGEST_DIMENSION, MOST_LAYERS, short};
 
 const HIDDEN: &[&str] = &["hidden_size", "n_embd", "d_model", "n_embed", "model_dim"];
 const LAYERS: &[&str] = &["num_hidden_layers", "n_layer", "n_layers", "num_layers"];

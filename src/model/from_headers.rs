@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::names::{self, Leaf, Module, Region, Scope};
 use super::{Dimensions, Layer, Mixer, Mlp, Quantization, RawTensor};
 use crate::error::{Error, Result};
+use crate::model::roles::names::{self, Leaf, Module, Region, Scope};
 
 #[derive(Default)]
 struct Seen {

@@ -1,13 +1,17 @@
 //! Dimensions from the metadata of a GGUF file (keys as llama.cpp's `gguf-py/gguf/constants.py` names them).
 
+pub(in crate::model) mod metadata;
+#[cfg(test)]
+mod tests;
+
 use std::path::PathBuf;
 
 use super::config::widest_by_bytes;
-use super::config_reader::{LARGEST_DIMENSION, MOST_EXPERTS, MOST_LAYERS, quoted};
 use super::gguf::{GgufFile, GgufValue};
-use super::gguf_metadata::{Metadata, broken, shown};
 use super::{Dimensions, Layer, Mixer, Mlp, Quantization};
 use crate::error::{Error, Result};
+use crate::model::config::reader::{LARGEST_DIMENSION, MOST_EXPERTS, MOST_LAYERS, quoted};
+use crate::model::gguf_config::metadata::{Metadata, broken, shown};
 
 /// Architectures that read but do not write.
 const ENCODERS: &[&str] =

@@ -1,13 +1,21 @@
 //! The parameters that a checkpoint of a configuration holds, for architectures whose layout is known.
 
+pub(in crate::model) mod mlp;
+pub(in crate::model) mod quantized;
+#[cfg(test)]
+pub(in crate::model) mod tests;
+pub(in crate::model) mod traits;
+
 use serde_json::Value;
 
 use super::config::dtype;
-use super::config_reader::Config;
-use super::inventory_quantized::Format;
-use super::inventory_traits::{Bias, HeadNorm, Moe, Norm, Norms, Projection, TRAITS, Traits, WRAPPERS};
 use super::{Dimensions, Layer, Mixer, Mlp, RawTensor};
 use crate::error::{Error, Result};
+use crate::model::config::reader::Config;
+use crate::model::inventory::quantized::Format;
+use crate::model::inventory::traits::{
+    Bias, HeadNorm, Moe, Norm, Norms, Projection, TRAITS, Traits, WRAPPERS,
+};
 
 /// More tensors than this are no model (DeepSeek-V3 has 45,395); a configuration may not ask for more memory.
 const MOST_TENSORS: u64 = 1 << 18;

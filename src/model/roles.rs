@@ -1,11 +1,16 @@
 //! From the tensors of a checkpoint to their roles and to where each may be cut.
 
+pub(in crate::model) mod geometry;
+pub(in crate::model) mod gguf_names;
+pub(in crate::model) mod grids;
+pub(in crate::model) mod names;
+
 use std::collections::{BTreeSet, HashMap};
 
-use super::geometry::{self, Verdict};
-use super::names::{self, Leaf, Name, Region, Scope, Size};
-use super::quantization::{self, Holding};
 use super::{CutAlong, Dimensions, Mixer, Part, RawTensor, Role, Tensor, Unsplittable};
+use crate::model::roles::geometry::Verdict;
+use crate::model::roles::grids::Holding;
+use crate::model::roles::names::{Leaf, Name, Region, Scope, Size};
 
 /// Gives every tensor its role and its parts, by its name and the geometry of its layer.
 ///
@@ -18,7 +23,7 @@ pub fn classify(raw: Vec<RawTensor>, dimensions: &Dimensions) -> (Vec<Tensor>, V
     let read: Vec<Name> = raw.iter().map(|tensor| names::read(&tensor.name)).collect();
     let mut sizes: HashMap<&str, Size> = HashMap::new();
     for (name, tensor) in read.iter().zip(&raw) {
-        if let Some(size) = quantization::size(name, tensor, &dimensions.quantization) {
+        if let Some(size) = grids::size(name, tensor, &dimensions.quantization) {
             sizes.insert(&name.prefix, size);
         }
     }
@@ -121,7 +126,7 @@ fn hold(name: &Name, size: Size, tensor: &RawTensor, dimensions: &Dimensions) ->
             }
         }
         Verdict::Cut(rules) => {
-            match quantization::hold(&rules, name, tensor, dimensions.head_dim, &dimensions.quantization) {
+            match grids::hold(&rules, name, tensor, dimensions.head_dim, &dimensions.quantization) {
                 Ok(holding) => Held::As(holding),
                 Err(reason) => Held::Whole(Subject::Module, reason),
             }

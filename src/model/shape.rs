@@ -5,12 +5,12 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::names::{self, Leaf};
 use super::{
     RawTensor, Role, Tensor, check, checkpoint, config, exllamav2, from_headers, gguf_config, inventory,
     roles,
 };
 use crate::error::{Error, Result};
+use crate::model::roles::names::{self, Leaf};
 
 /// Where a [`ModelShape`] was read from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,7 +5,7 @@ use std::mem::discriminant;
 
 use super::Checkpoint;
 use crate::error::Result;
-use crate::model::names::{Leaf, Module, Name, Scope};
+use crate::model::roles::names::{Leaf, Module, Name, Scope};
 use crate::model::{Layer, Mixer, Mlp, RawTensor};
 
 /// What a layer has, under whatever name.

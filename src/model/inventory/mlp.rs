@@ -1,11 +1,11 @@
 //! The feed-forward tensors of a layer, dense or with experts.
 
-use super::inventory::Builder;
-use super::inventory_traits::{Feed, Moe, Shared};
 use crate::error::Result;
+use crate::model::inventory::Builder;
+use crate::model::inventory::traits::{Feed, Moe, Shared};
 
 impl Builder<'_> {
-    pub(super) fn dense(&mut self, base: &str, width: u64) -> Result<()> {
+    pub(in crate::model) fn dense(&mut self, base: &str, width: u64) -> Result<()> {
         let hidden = self.dimensions.hidden;
         let bias = self.bias(self.traits.mlp_bias)?;
         match self.traits.feed {
@@ -30,7 +30,13 @@ impl Builder<'_> {
         self.linear(&format!("{base}{down}"), hidden, width, bias)
     }
 
-    pub(super) fn experts(&mut self, base: &str, count: u64, width: u64, shared_width: u64) -> Result<()> {
+    pub(in crate::model) fn experts(
+        &mut self,
+        base: &str,
+        count: u64,
+        width: u64,
+        shared_width: u64,
+    ) -> Result<()> {
         let hidden = self.dimensions.hidden;
         let both = self.product(2, width)?;
         match self.traits.moe {

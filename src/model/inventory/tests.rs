@@ -6,19 +6,19 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::{config, inventory};
 use crate::error::Error;
 use crate::model::{Dimensions, Mixer, Mlp, Quantization, RawTensor};
+use crate::model::{config, inventory};
 
 fn data(folder: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(folder)
 }
 
-pub(super) fn read(path: &Path) -> Value {
+pub(in crate::model) fn read(path: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
-pub(super) fn published(name: &str) -> Value {
+pub(in crate::model) fn published(name: &str) -> Value {
     read(&data("configs").join(format!("{name}.json")))
 }
 

@@ -1,11 +1,11 @@
 use std::collections::BTreeMap;
 
-use super::gguf::{GgufArray, GgufFile, GgufType, GgufValue};
-use super::gguf_config::dimensions;
-use super::inventory_tests::published;
-use super::{RawTensor, config};
 use crate::error::Error;
+use crate::model::gguf::{GgufArray, GgufFile, GgufType, GgufValue};
+use crate::model::gguf_config::dimensions;
+use crate::model::inventory::tests::published;
 use crate::model::{Mixer, Mlp, Quantization};
+use crate::model::{RawTensor, config};
 
 /// Metadata under an architecture, as `llama.cpp` converts it.
 fn file(architecture: &str, numbers: &[(&str, u64)]) -> GgufFile {

@@ -3,7 +3,7 @@
 //! Names are read by their leaf (`q_proj`, `ffn_down`, ...) and by the module that holds it, never by a model's
 //! name. The prefix (`model.`, `model.language_model.`, `transformer.`, ...) does not matter.
 
-use super::gguf_names;
+use crate::model::roles::gguf_names;
 
 /// What a module does, as far as its name tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -2,7 +2,7 @@
 
 /// When a layer has a bias.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Bias {
+pub(in crate::model) enum Bias {
     Never,
     Always,
     /// A key of the configuration says so; its value where it is not written.
@@ -11,7 +11,7 @@ pub(super) enum Bias {
 
 /// How queries, keys and values are projected.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Projection {
+pub(in crate::model) enum Projection {
     /// `q_proj`, `k_proj`, `v_proj`.
     Separate,
     /// One tensor for all three, of this name.
@@ -22,7 +22,7 @@ pub(super) enum Projection {
 
 /// Norms of queries and keys.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum HeadNorm {
+pub(in crate::model) enum HeadNorm {
     None,
     /// One weight for every head: `q_norm`, `k_norm`.
     PerHead,
@@ -38,7 +38,7 @@ pub(super) enum HeadNorm {
 
 /// The MLP of a layer without experts.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Feed {
+pub(in crate::model) enum Feed {
     /// `gate_proj`, `up_proj`, `down_proj`.
     Gated,
     /// `gate_up_proj`, `down_proj`.
@@ -49,7 +49,7 @@ pub(super) enum Feed {
 
 /// The MLP of a layer with experts.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Moe {
+pub(in crate::model) enum Moe {
     None,
     /// A module an expert: name of the block, then gate, up and down.
     Modules {
@@ -68,7 +68,7 @@ pub(super) enum Moe {
 
 /// Shared experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Shared {
+pub(in crate::model) enum Shared {
     None,
     /// `shared_expert` and `shared_expert_gate` (Qwen2-MoE).
     Gated,
@@ -80,7 +80,7 @@ pub(super) enum Shared {
 
 /// The parameters of a norm.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Norm {
+pub(in crate::model) enum Norm {
     /// None (`OLMo` 1).
     Bare,
     Weight,
@@ -89,7 +89,7 @@ pub(super) enum Norm {
 
 /// The norms of a layer.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Norms {
+pub(in crate::model) enum Norms {
     /// These.
     Always(&'static [&'static str]),
     /// The first, and the second unless `use_parallel_residual` is true.
@@ -100,29 +100,29 @@ pub(super) enum Norms {
 
 /// One family of checkpoints.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Traits {
-    pub(super) model_types: &'static [&'static str],
+pub(in crate::model) struct Traits {
+    pub(in crate::model) model_types: &'static [&'static str],
     /// Before everything but the head.
-    pub(super) base: &'static str,
-    pub(super) layers: &'static str,
-    pub(super) embedding: &'static str,
-    pub(super) final_norm: &'static str,
-    pub(super) head: &'static str,
-    pub(super) head_bias: bool,
-    pub(super) norm: Norm,
-    pub(super) norms: Norms,
-    pub(super) attention: &'static str,
-    pub(super) projection: Projection,
-    pub(super) output: &'static str,
-    pub(super) qkv_bias: Bias,
-    pub(super) output_bias: Bias,
-    pub(super) head_norm: HeadNorm,
+    pub(in crate::model) base: &'static str,
+    pub(in crate::model) layers: &'static str,
+    pub(in crate::model) embedding: &'static str,
+    pub(in crate::model) final_norm: &'static str,
+    pub(in crate::model) head: &'static str,
+    pub(in crate::model) head_bias: bool,
+    pub(in crate::model) norm: Norm,
+    pub(in crate::model) norms: Norms,
+    pub(in crate::model) attention: &'static str,
+    pub(in crate::model) projection: Projection,
+    pub(in crate::model) output: &'static str,
+    pub(in crate::model) qkv_bias: Bias,
+    pub(in crate::model) output_bias: Bias,
+    pub(in crate::model) head_norm: HeadNorm,
     /// A logit a head that takes part in the softmax (gpt-oss).
-    pub(super) sinks: bool,
-    pub(super) mlp: &'static str,
-    pub(super) feed: Feed,
-    pub(super) mlp_bias: Bias,
-    pub(super) moe: Moe,
+    pub(in crate::model) sinks: bool,
+    pub(in crate::model) mlp: &'static str,
+    pub(in crate::model) feed: Feed,
+    pub(in crate::model) mlp_bias: Bias,
+    pub(in crate::model) moe: Moe,
 }
 
 const ATTENTION_BIAS: Bias = Bias::Key("attention_bias", false);
@@ -161,7 +161,7 @@ const LLAMA: Traits = Traits {
 };
 
 /// Every architecture whose checkpoints are known, after the modelling files of transformers 5.17.
-pub(super) static TRAITS: &[Traits] = &[
+pub(in crate::model) static TRAITS: &[Traits] = &[
     LLAMA,
     Traits {
         model_types: &["mistral"],
@@ -360,5 +360,5 @@ pub(super) static TRAITS: &[Traits] = &[
 ];
 
 /// Wrappers with other modalities, and what their checkpoints write before the language model's names.
-pub(super) const WRAPPERS: &[(&str, &str)] =
+pub(in crate::model) const WRAPPERS: &[(&str, &str)] =
     &[("gemma3", "language_model."), ("llama4", "language_model."), ("mistral3", "language_model.")];

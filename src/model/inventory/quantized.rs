@@ -2,15 +2,15 @@
 
 use serde_json::Value;
 
-use super::config_reader::{Config, short};
-use super::{Dimensions, Mlp, Quantization};
 use crate::error::Result;
+use crate::model::config::reader::{Config, short};
+use crate::model::{Dimensions, Mlp, Quantization};
 
 /// Elements that share a scale in MXFP4 (OCP Microscaling Formats 1.0), two of them a byte.
 const MXFP4_BLOCK: u64 = 32;
 
 /// Suffix, dtype and shape of one stored tensor.
-pub(super) type Stored = (&'static str, &'static str, Vec<u64>);
+pub(in crate::model) type Stored = (&'static str, &'static str, Vec<u64>);
 
 #[derive(Clone, Copy)]
 enum Method {
@@ -32,16 +32,20 @@ enum Method {
 }
 
 /// How linear layers are stored.
-pub(super) struct Format<'a> {
+pub(in crate::model) struct Format<'a> {
     /// What is not quantised.
-    pub(super) dtype: &'static str,
+    pub(in crate::model) dtype: &'static str,
     method: Method,
     /// Modules that stay as they are.
     kept: Vec<&'a str>,
 }
 
 impl<'a> Format<'a> {
-    pub(super) fn new(config: &Config<'a>, dimensions: &Dimensions, dtype: &'static str) -> Result<Self> {
+    pub(in crate::model) fn new(
+        config: &Config<'a>,
+        dimensions: &Dimensions,
+        dtype: &'static str,
+    ) -> Result<Self> {
         let map = config.get_anywhere(&["quantization_config", "compression_config"]).map(|found| found.1);
         let key = |key: &str| map.and_then(|map| map.get(key)).filter(|value| !value.is_null());
         let open = |why: &str| {
@@ -102,7 +106,7 @@ impl<'a> Format<'a> {
     }
 
     /// What is stored for the weight of a linear layer.
-    pub(super) fn linear(
+    pub(in crate::model) fn linear(
         &self,
         config: &Config<'_>,
         module: &str,
@@ -144,7 +148,12 @@ impl<'a> Format<'a> {
     }
 
     /// What is stored for experts in one tensor, `[experts, inputs, outputs]`.
-    pub(super) fn stacked(&self, config: &Config<'_>, module: &str, shape: [u64; 3]) -> Result<Vec<Stored>> {
+    pub(in crate::model) fn stacked(
+        &self,
+        config: &Config<'_>,
+        module: &str,
+        shape: [u64; 3],
+    ) -> Result<Vec<Stored>> {
         let [experts, inputs, outputs] = shape;
         match self.method {
             Method::Plain => Ok(vec![("", self.dtype, shape.to_vec())]),

@@ -1,10 +1,10 @@
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::inventory_tests::published;
-use super::{config, inventory};
 use crate::error::Error;
+use crate::model::inventory::tests::published;
 use crate::model::{Mixer, Mlp, Quantization};
+use crate::model::{config, inventory};
 
 fn read(config: &Value) -> crate::Result<super::Dimensions> {
     config::dimensions(config, "here")

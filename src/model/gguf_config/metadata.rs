@@ -2,20 +2,20 @@
 
 use std::path::PathBuf;
 
-use super::config_reader::quoted;
-use super::gguf::{GgufFile, GgufValue};
 use crate::error::{Error, Result};
+use crate::model::config::reader::quoted;
+use crate::model::gguf::{GgufFile, GgufValue};
 
 /// A file, what messages call it, and the prefix of its keys.
-pub(super) struct Metadata<'a> {
-    pub(super) gguf: &'a GgufFile,
-    pub(super) name: &'a str,
-    pub(super) architecture: &'a str,
+pub(in crate::model) struct Metadata<'a> {
+    pub(in crate::model) gguf: &'a GgufFile,
+    pub(in crate::model) name: &'a str,
+    pub(in crate::model) architecture: &'a str,
 }
 
 impl Metadata<'_> {
     /// Which layers have a tensor of this name; `None` where no layer has.
-    pub(super) fn layers_with(&self, tensor: &str, layers: usize) -> Option<Vec<bool>> {
+    pub(in crate::model) fn layers_with(&self, tensor: &str, layers: usize) -> Option<Vec<bool>> {
         let mut found = vec![false; layers];
         for tensor_info in &self.gguf.tensors {
             let layer = tensor_info
@@ -31,17 +31,17 @@ impl Metadata<'_> {
         found.contains(&true).then_some(found)
     }
 
-    pub(super) fn key(&self, key: &str) -> String {
+    pub(in crate::model) fn key(&self, key: &str) -> String {
         format!("{}.{key}", self.architecture)
     }
 
-    pub(super) fn value(&self, key: &str) -> Option<(String, &GgufValue)> {
+    pub(in crate::model) fn value(&self, key: &str) -> Option<(String, &GgufValue)> {
         let key = self.key(key);
         let value = self.gguf.metadata.get(&key)?;
         Some((key, value))
     }
 
-    pub(super) fn number(&self, key: &str, most: u64) -> Result<Option<u64>> {
+    pub(in crate::model) fn number(&self, key: &str, most: u64) -> Result<Option<u64>> {
         let Some((key, value)) = self.value(key) else { return Ok(None) };
         // Some converters write an array where all layers agree.
         let value = match value {
@@ -60,7 +60,7 @@ impl Metadata<'_> {
         }
     }
 
-    pub(super) fn required(&self, key: &str, most: u64) -> Result<u64> {
+    pub(in crate::model) fn required(&self, key: &str, most: u64) -> Result<u64> {
         match self.number(key, most)? {
             None => Err(self.missing(key)),
             Some(0) => Err(self.wrong(&self.key(key), most)),
@@ -69,7 +69,12 @@ impl Metadata<'_> {
     }
 
     /// One number for all layers, or an array of them.
-    pub(super) fn per_layer(&self, key: &str, layers: usize, most: u64) -> Result<Option<Vec<u64>>> {
+    pub(in crate::model) fn per_layer(
+        &self,
+        key: &str,
+        layers: usize,
+        most: u64,
+    ) -> Result<Option<Vec<u64>>> {
         let listed = self.value(key).and_then(|(full, value)| value.as_numbers().map(|list| (full, list)));
         let Some((full, list)) = listed else {
             return Ok(self.number(key, most)?.map(|number| vec![number; layers]));
@@ -81,7 +86,7 @@ impl Metadata<'_> {
         list.iter().map(one).collect::<Result<Vec<_>>>().map(Some)
     }
 
-    pub(super) fn length(&self, key: &str, list: &[f64], layers: usize) -> Result<()> {
+    pub(in crate::model) fn length(&self, key: &str, list: &[f64], layers: usize) -> Result<()> {
         if list.len() == layers {
             return Ok(());
         }
@@ -93,7 +98,7 @@ impl Metadata<'_> {
         })
     }
 
-    pub(super) fn wrong(&self, key: &str, most: u64) -> Error {
+    pub(in crate::model) fn wrong(&self, key: &str, most: u64) -> Error {
         let got = self.gguf.metadata.get(key).map_or_else(|| "missing".to_owned(), shown);
         broken(
             self.name,
@@ -101,7 +106,7 @@ impl Metadata<'_> {
         )
     }
 
-    pub(super) fn missing(&self, key: &str) -> Error {
+    pub(in crate::model) fn missing(&self, key: &str) -> Error {
         broken(self.name, format!("{} is missing; convert the model again", quoted(&[&self.key(key)])))
     }
 }
@@ -111,7 +116,7 @@ fn whole(value: f64) -> Option<u64> {
     (value.fract() == 0.0 && (0.0..=1e15).contains(&value)).then_some(value as u64)
 }
 
-pub(super) fn shown(value: &GgufValue) -> String {
+pub(in crate::model) fn shown(value: &GgufValue) -> String {
     match value {
         GgufValue::Unsigned(number) => number.to_string(),
         GgufValue::Signed(number) => number.to_string(),
@@ -122,6 +127,6 @@ pub(super) fn shown(value: &GgufValue) -> String {
     }
 }
 
-pub(super) fn broken(name: &str, problem: impl Into<String>) -> Error {
+pub(in crate::model) fn broken(name: &str, problem: impl Into<String>) -> Error {
     Error::BrokenHeader { path: PathBuf::from(name), format: "GGUF header", problem: problem.into() }
 }

@@ -3,7 +3,7 @@
 
 /// A class default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ClassDefault {
+pub(in crate::model) enum ClassDefault {
     /// A number that published configurations do leave out.
     Number(u64),
     /// A number that may only be left out inside a wrapper, whose text part is written as a difference from the
@@ -16,14 +16,14 @@ pub(super) enum ClassDefault {
 use ClassDefault::{Flag, Nested, Number};
 
 /// The defaults of one class: key and value.
-pub(super) type Defaults = &'static [(&'static str, ClassDefault)];
+pub(in crate::model) type Defaults = &'static [(&'static str, ClassDefault)];
 
 /// Field defaults of the configuration classes of transformers 5.17, for the keys that decide dimensions,
 /// joined where classes agree. `sliding_window_pattern` and `full_attention_interval` are what their
 /// constructors use when no `layer_types` is given. Flags that are false mean the same as no flag, and are left
 /// out but for two.
 #[rustfmt::skip]
-pub(super) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
+pub(in crate::model) static CLASS_DEFAULTS: &[(&[&str], Defaults)] = &[
     (&["llama", "granite"], &[
         ("hidden_size", Nested(4096)), ("intermediate_size", Nested(11008)),
         ("num_hidden_layers", Nested(32)), ("num_attention_heads", Nested(32)),

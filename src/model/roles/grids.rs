@@ -3,9 +3,9 @@
 //! Sources: `AutoGPTQ`'s and `AutoAWQ`'s `WQLinear` layouts, the float8 blocks of DeepSeek-V3, OCP microscaling formats
 //! (mxfp4) as gpt-oss stores them, ggml's block types, and the tensors of EXL2.
 
-use super::geometry::{Rule, Segment, Side};
-use super::names::{Leaf, Name, Size};
-use super::{CutAlong, Part, Quantization, RawTensor, Role};
+use crate::model::roles::geometry::{Rule, Segment, Side};
+use crate::model::roles::names::{Leaf, Name, Size};
+use crate::model::{CutAlong, Part, Quantization, RawTensor, Role};
 
 /// How one tensor is held.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,11 +1,11 @@
 //! Which kind of mixer each layer of a configuration has, and how large a recurrent state is.
 
-use super::config_reader::{Config, LARGEST_DIMENSION, MOST_LAYERS, quoted};
 use crate::error::{Error, Result};
+use crate::model::config::reader::{Config, LARGEST_DIMENSION, MOST_LAYERS, quoted};
 
 /// What a layer looks back on.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(in crate::model) enum Kind {
     /// Attention to every token before it.
     Full,
     /// Attention to this many tokens, its own included.
@@ -90,7 +90,7 @@ const EVERY_LAYER: &[&str] = &[
 const RECURRENT_UNLESS_SAID: &[&str] = &["bamba", "granitemoehybrid"];
 
 /// The kind of each of `layers` layers.
-pub(super) fn kinds(config: &Config<'_>, layers: usize) -> Result<Vec<Kind>> {
+pub(in crate::model) fn kinds(config: &Config<'_>, layers: usize) -> Result<Vec<Kind>> {
     let architecture = config.architecture();
     if SIDE_BY_SIDE.contains(&architecture) {
         return Err(Error::NoModel {

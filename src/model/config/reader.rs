@@ -4,15 +4,15 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
-use super::config_defaults::{CLASS_DEFAULTS, ClassDefault, Defaults};
 use crate::error::{Error, Result};
+use crate::model::config::defaults::{CLASS_DEFAULTS, ClassDefault, Defaults};
 
 /// No dimension of a language model comes near this; beyond it products of two or three could overflow.
-pub(super) const LARGEST_DIMENSION: u64 = 1 << 24;
+pub(in crate::model) const LARGEST_DIMENSION: u64 = 1 << 24;
 /// The deepest published model has 126 layers.
-pub(super) const MOST_LAYERS: u64 = 4096;
+pub(in crate::model) const MOST_LAYERS: u64 = 4096;
 /// Routed experts of one layer.
-pub(super) const MOST_EXPERTS: u64 = 65_536;
+pub(in crate::model) const MOST_EXPERTS: u64 = 65_536;
 /// Positions go further than dimensions: Llama 4 Scout has 10,485,760.
 const MOST_POSITIONS: u64 = 1 << 40;
 
@@ -22,7 +22,7 @@ const TEXT_KEYS: [&str; 6] =
 
 /// The language model's part of a configuration.
 #[derive(Clone)]
-pub(super) struct Config<'a> {
+pub(in crate::model) struct Config<'a> {
     name: &'a str,
     /// `"text_config."` where the keys lie deeper, for messages.
     place: String,
@@ -38,7 +38,7 @@ impl<'a> Config<'a> {
     ///
     /// # Errors
     /// Not an object, no `model_type`, or wrappers nested without end.
-    pub(super) fn open(config: &'a Value, name: &'a str) -> Result<Self> {
+    pub(in crate::model) fn open(config: &'a Value, name: &'a str) -> Result<Self> {
         let mut map = config
             .as_object()
             .ok_or_else(|| broken(name, format!("wanted a JSON object, got {}", short(config))))?;
@@ -84,22 +84,22 @@ impl<'a> Config<'a> {
     }
 
     /// Its `model_type`.
-    pub(super) fn architecture(&self) -> &'a str {
+    pub(in crate::model) fn architecture(&self) -> &'a str {
         self.architecture
     }
 
     /// What the caller calls the model.
-    pub(super) fn name(&self) -> &'a str {
+    pub(in crate::model) fn name(&self) -> &'a str {
         self.name
     }
 
     /// Whether it lies inside a wrapper.
-    pub(super) fn nested(&self) -> bool {
+    pub(in crate::model) fn nested(&self) -> bool {
         !self.around.is_empty()
     }
 
     /// `model_type` of the outermost configuration.
-    pub(super) fn outermost(&self) -> &'a str {
+    pub(in crate::model) fn outermost(&self) -> &'a str {
         self.around
             .first()
             .and_then(|m| m.get("model_type"))
@@ -108,12 +108,12 @@ impl<'a> Config<'a> {
     }
 
     /// The first of `keys` that is there and not null, with its name.
-    pub(super) fn get(&self, keys: &[&'static str]) -> Option<(&'static str, &'a Value)> {
+    pub(in crate::model) fn get(&self, keys: &[&'static str]) -> Option<(&'static str, &'a Value)> {
         keys.iter().find_map(|key| Some((*key, self.map.get(*key).filter(|v| !v.is_null())?)))
     }
 
     /// As [`Config::get`], looking into the wrappers as well.
-    pub(super) fn get_anywhere(&self, keys: &[&'static str]) -> Option<(&'static str, &'a Value)> {
+    pub(in crate::model) fn get_anywhere(&self, keys: &[&'static str]) -> Option<(&'static str, &'a Value)> {
         self.get(keys).or_else(|| {
             self.around.iter().rev().find_map(|map| {
                 keys.iter().find_map(|key| Some((*key, map.get(*key).filter(|v| !v.is_null())?)))
@@ -128,7 +128,7 @@ impl<'a> Config<'a> {
     }
 
     /// A whole number in `0..=most`, `None` if absent, the class default of the architecture included.
-    pub(super) fn number(&self, keys: &[&'static str], most: u64) -> Result<Option<u64>> {
+    pub(in crate::model) fn number(&self, keys: &[&'static str], most: u64) -> Result<Option<u64>> {
         match self.get(keys) {
             Some((key, value)) => self.whole(key, value, 0, most).map(Some),
             // A written null means "derive it", and hides the class default.
@@ -141,12 +141,12 @@ impl<'a> Config<'a> {
     }
 
     /// A dimension, `None` if absent, never zero.
-    pub(super) fn size(&self, keys: &[&'static str]) -> Result<Option<u64>> {
+    pub(in crate::model) fn size(&self, keys: &[&'static str]) -> Result<Option<u64>> {
         self.bounded(keys, LARGEST_DIMENSION)
     }
 
     /// Positions that the model was made for.
-    pub(super) fn positions(&self, keys: &[&'static str]) -> Result<Option<u64>> {
+    pub(in crate::model) fn positions(&self, keys: &[&'static str]) -> Result<Option<u64>> {
         self.bounded(keys, MOST_POSITIONS)
     }
 
@@ -160,12 +160,12 @@ impl<'a> Config<'a> {
     }
 
     /// A dimension that has to be there.
-    pub(super) fn required(&self, keys: &[&'static str], what: &str) -> Result<u64> {
+    pub(in crate::model) fn required(&self, keys: &[&'static str], what: &str) -> Result<u64> {
         self.size(keys)?.ok_or_else(|| self.missing(keys, what))
     }
 
     /// A number for each layer: one for all of them, or a list.
-    pub(super) fn per_layer(
+    pub(in crate::model) fn per_layer(
         &self,
         keys: &[&'static str],
         layers: usize,
@@ -181,12 +181,12 @@ impl<'a> Config<'a> {
     }
 
     /// A yes or no; 0 and 1 are accepted, as some configurations write them.
-    pub(super) fn flag(&self, keys: &[&'static str]) -> Result<Option<bool>> {
+    pub(in crate::model) fn flag(&self, keys: &[&'static str]) -> Result<Option<bool>> {
         self.flag_of(self.get(keys), keys)
     }
 
     /// As [`Config::flag`], looking into the wrappers as well.
-    pub(super) fn flag_anywhere(&self, keys: &[&'static str]) -> Result<Option<bool>> {
+    pub(in crate::model) fn flag_anywhere(&self, keys: &[&'static str]) -> Result<Option<bool>> {
         self.flag_of(self.get_anywhere(keys), keys)
     }
 
@@ -205,7 +205,10 @@ impl<'a> Config<'a> {
     }
 
     /// A list of texts, such as `layer_types`.
-    pub(super) fn texts(&self, keys: &[&'static str]) -> Result<Option<(&'static str, Vec<&'a str>)>> {
+    pub(in crate::model) fn texts(
+        &self,
+        keys: &[&'static str],
+    ) -> Result<Option<(&'static str, Vec<&'a str>)>> {
         let Some((key, value)) = self.get(keys) else { return Ok(None) };
         let list =
             value.as_array().and_then(|list| list.iter().map(Value::as_str).collect::<Option<Vec<_>>>());
@@ -215,7 +218,7 @@ impl<'a> Config<'a> {
     }
 
     /// A list of whole numbers, such as `mlp_only_layers`; true and false count as 1 and 0.
-    pub(super) fn numbers(
+    pub(in crate::model) fn numbers(
         &self,
         keys: &[&'static str],
         most: u64,
@@ -236,7 +239,7 @@ impl<'a> Config<'a> {
     }
 
     /// Says so when a list that has an entry for each layer has another length.
-    pub(super) fn same_length(&self, key: &str, got: usize, layers: usize) -> Result<()> {
+    pub(in crate::model) fn same_length(&self, key: &str, got: usize, layers: usize) -> Result<()> {
         if got == layers {
             return Ok(());
         }
@@ -248,7 +251,7 @@ impl<'a> Config<'a> {
     }
 
     /// Reads one number.
-    pub(super) fn whole(&self, key: &str, value: &Value, least: u64, most: u64) -> Result<u64> {
+    pub(in crate::model) fn whole(&self, key: &str, value: &Value, least: u64, most: u64) -> Result<u64> {
         // 2.0 is what some writers make of 2.
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         let number = value.as_u64().or_else(|| {
@@ -265,7 +268,7 @@ impl<'a> Config<'a> {
     }
 
     /// The error for keys that are not there.
-    pub(super) fn missing(&self, keys: &[&str], what: &str) -> Error {
+    pub(in crate::model) fn missing(&self, keys: &[&str], what: &str) -> Error {
         self.broken(format!(
             "{what} is missing for model_type \"{}\": looked for {}{}; found {}; add it, or give the \
              model's own config.json",
@@ -280,11 +283,11 @@ impl<'a> Config<'a> {
         ))
     }
 
-    pub(super) fn broken(&self, problem: impl Into<String>) -> Error {
+    pub(in crate::model) fn broken(&self, problem: impl Into<String>) -> Error {
         broken(self.name, problem)
     }
 
-    pub(super) fn contradiction(
+    pub(in crate::model) fn contradiction(
         &self,
         left: impl Into<String>,
         right: impl Into<String>,
@@ -304,7 +307,7 @@ fn broken(name: &str, problem: impl Into<String>) -> Error {
 }
 
 /// Keys in quotes, with commas.
-pub(super) fn quoted(keys: &[&str]) -> String {
+pub(in crate::model) fn quoted(keys: &[&str]) -> String {
     keys.iter().map(|key| format!("\"{key}\"")).collect::<Vec<_>>().join(", ")
 }
 
@@ -326,7 +329,7 @@ fn short_text(text: &str) -> String {
 }
 
 /// A value as a message may show it, however large it is.
-pub(super) fn short(value: &Value) -> String {
+pub(in crate::model) fn short(value: &Value) -> String {
     match value {
         Value::String(text) => short_text(text),
         Value::Array(list) => format!("a list of {}", list.len()),

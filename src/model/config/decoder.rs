@@ -1,8 +1,8 @@
 //! Tells decoder language models from everything else that has a `config.json`.
 
-use super::config::VOCABULARY;
-use super::config_reader::{Config, short};
 use crate::error::{Error, Result};
+use crate::model::config::VOCABULARY;
+use crate::model::config::reader::{Config, short};
 
 /// Models that read but do not write: their layers attend both ways and keep no cache.
 #[rustfmt::skip]
@@ -29,7 +29,7 @@ const OTHER_INPUTS: &[&str] =
     &["image_size", "patch_size", "num_channels", "num_mel_bins", "conv_dim", "depths"];
 
 /// Refuses what is no decoder language model, saying what it is.
-pub(super) fn decoder(config: &Config<'_>) -> Result<()> {
+pub(in crate::model) fn decoder(config: &Config<'_>) -> Result<()> {
     let architecture = config.architecture();
     let refused = |found: String| Error::NoModel {
         path: config.name().into(),

@@ -2,12 +2,12 @@
 
 use serde_json::{Map, Value};
 
-use super::Quantization;
-use super::config_reader::{Config, short};
 use crate::error::Result;
+use crate::model::Quantization;
+use crate::model::config::reader::{Config, short};
 
 /// Reads `quantization_config`, wherever a wrapper keeps it.
-pub(super) fn quantization(config: &Config<'_>) -> Result<Quantization> {
+pub(in crate::model) fn quantization(config: &Config<'_>) -> Result<Quantization> {
     let Some((key, value)) = config.get_anywhere(&["quantization_config", "compression_config"]) else {
         return Ok(Quantization::None);
     };

@@ -1,8 +1,8 @@
 //! Which feed-forward part each layer of a configuration has.
 
-use super::config_reader::{Config, LARGEST_DIMENSION, MOST_EXPERTS, MOST_LAYERS};
-use super::{Mixer, Mlp};
 use crate::error::Result;
+use crate::model::config::reader::{Config, LARGEST_DIMENSION, MOST_EXPERTS, MOST_LAYERS};
+use crate::model::{Mixer, Mlp};
 
 const INTERMEDIATE: &[&str] =
     &["intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim", "d_ff", "inner_dim"];
@@ -44,7 +44,7 @@ const ONE_SHARED: &[&str] = &["llama4_text"];
 const ONE_PART_A_LAYER: &[&str] = &["nemotron_h", "mamba", "mamba2", "falcon_mamba"];
 
 /// The feed-forward part of each layer.
-pub(super) fn mlps(config: &Config<'_>, hidden: u64, mixers: &[Mixer]) -> Result<Vec<Mlp>> {
+pub(in crate::model) fn mlps(config: &Config<'_>, hidden: u64, mixers: &[Mixer]) -> Result<Vec<Mlp>> {
     let layers = mixers.len();
     if ONE_PART_A_LAYER.contains(&config.architecture()) && mixers.iter().all(|mixer| *mixer != Mixer::None) {
         return Ok(vec![Mlp::None; layers]);

@@ -1,6 +1,6 @@
 //! The names of llama.cpp's GGUF files (`gguf-py/gguf/constants.py`), in terms of [`Module`].
 
-use super::names::{Module, Scope};
+use crate::model::roles::names::{Module, Scope};
 
 /// What a GGUF name says, or `None` for a name that is not GGUF's.
 pub(crate) fn module(segments: &[&str]) -> Option<(Module, Scope)> {

@@ -1,7 +1,7 @@
 //! The shape that a module must have by the geometry of its layer, and what its parts follow.
 
-use super::names::{Module, Name, Scope, Size};
-use super::{CutAlong, Dimensions, Layer, Mixer, Mlp, Role};
+use crate::model::roles::names::{Module, Name, Scope, Size};
+use crate::model::{CutAlong, Dimensions, Layer, Mixer, Mlp, Role};
 
 /// The side of a linear layer that a cut divides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
