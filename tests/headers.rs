@@ -329,51 +329,102 @@ proptest! {
     }
 }
 
-/// Headers of many kinds whose parsed form is as large as it can be for their length.
-#[test]
-fn memory_stays_below_the_length_of_the_file() {
-    let joined = |entry: &dyn Fn(usize) -> String, count: usize| {
-        format!("{{{}}}", (0..count).map(entry).collect::<Vec<_>>().join(","))
-    };
-    let tensor =
-        |name: String| format!("\"{name}\":{{\"dtype\":\"U8\",\"shape\":[0,1,1],\"data_offsets\":[0,0]}}");
-    for scale in [1, 10, 100] {
-        let headers = [
-            joined(&|number| tensor(number.to_string()), 250 * scale),
-            joined(&|number| tensor(format!("\\u0061{number}")), 250 * scale),
-            joined(&|number| tensor(number.to_string().repeat(50)), 40 * scale),
-            joined(&|_| tensor("same".to_owned()), 250 * scale),
-            format!("{{\"__metadata__\":{{\"a\":\"\\n{}\"}}}}", "x".repeat(10_000 * scale)),
-            format!("{{\"\\n{}\":1}}", "\u{7f}".repeat(10_000 * scale)),
-            format!("{{\"a\":{{\"shape\":[{}]}}}}", "7".repeat(10_000 * scale)),
-            format!("{{\"a\":{}", "[".repeat(10_000 * scale)),
-        ];
-        for header in &headers {
-            // From a file that is all header to one that has just enough bytes behind it to be read.
-            for factor in [0, 1, 4, 12] {
-                let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-                bytes.extend(header.as_bytes());
-                bytes.resize(bytes.len() + factor * header.len(), 0);
-                check_safetensors(&bytes);
-            }
+/// The shortest file in which a header is not refused for its memory. `read` is given the bytes of the tensors.
+fn shortest(read: impl Fn(u64) -> Option<String>) -> u64 {
+    let refused = |data_len: u64| read(data_len).is_some_and(|text| text.contains("bytes of memory"));
+    let (mut short, mut long) = (0_u64, 1 << 30);
+    assert!(refused(short), "{:?}", read(short));
+    assert!(!refused(long), "{:?}", read(long));
+    while long - short > 1 {
+        let middle = u64::midpoint(short, long);
+        if refused(middle) {
+            short = middle;
+        } else {
+            long = middle;
         }
-        let keys =
-            (0..100 * scale).fold(Writer::new(), |writer, number| writer.entry(&number.to_string(), 0, &[1]));
-        let kept = array(0, 4000, &[1; 4000]);
-        let arrays =
-            (0..scale).fold(Writer::new(), |writer, number| writer.entry(&number.to_string(), 9, &kept));
-        let infos = (0..100 * scale)
-            .fold(Writer::new(), |writer, number| writer.tensor(&number.to_string(), &[1, 1, 1, 0], 16, 0));
-        let mut mended = (10_000 * scale as u64).to_le_bytes().to_vec();
-        mended.resize(8 + 10_000 * scale, 0xff);
-        let strings =
-            [Writer::new().string("a", &"x".repeat(10_000 * scale)), Writer::new().entry("a", 8, &mended)];
-        for writer in [keys, arrays, infos].iter().chain(&strings) {
-            for factor in [0, 1, 4, 12] {
-                let mut bytes = writer.bytes();
-                bytes.resize(bytes.len() * (factor + 1), 0);
-                check_gguf(&bytes);
-            }
+    }
+    assert_eq!(read(long), None, "a header is read as soon as its memory is allowed");
+    long
+}
+
+/// Reading takes what the file has, never more, and is not refused long before that.
+fn assert_tight(peak: u64, length: u64) {
+    assert!(peak <= length, "{peak} bytes for a file of {length}");
+    assert!(peak > length / 4, "{peak} bytes are allowed only for a file of {length}");
+}
+
+#[test]
+fn tensors_of_safetensors_take_no_more_than_the_file() {
+    let names: [fn(usize) -> String; 3] = [
+        |number| number.to_string(),
+        |number| format!("\\u0061{number}"),
+        |number| number.to_string().repeat(30),
+    ];
+    // Tables double at powers of two: just before and just behind one.
+    for (name, count) in names.iter().flat_map(|name| [3_580, 3_600].map(|count| (name, count))) {
+        let empty = |number| {
+            let name = name(number);
+            format!(",\"{name}\":{{\"dtype\":\"U8\",\"shape\":[0,1,1,1],\"data_offsets\":[0,0]}}")
+        };
+        let empty: String = (0..count).map(empty).collect();
+        let parse = |data_len: u64| {
+            let header = format!(
+                "{{\"z\":{{\"dtype\":\"U8\",\"shape\":[{data_len}],\"data_offsets\":[0,{data_len}]}}{empty}}}"
+            );
+            let (result, peak) = measured(|| reader::parse(header.as_bytes(), data_len, Path::new(PATH)));
+            (result.err().map(|error| error.to_string()), header.len() as u64, peak)
+        };
+        let data_len = shortest(|data_len| parse(data_len).0);
+        let (_, header, peak) = parse(data_len);
+        assert_tight(header + peak, 8 + header + data_len);
+    }
+}
+
+#[test]
+fn gguf_files_take_no_more_than_they_are_long() {
+    let infos = |count: u32| {
+        (0..count)
+            .fold(Writer::new(), |writer, number| writer.tensor(&number.to_string(), &[256, 1, 1, 0], 16, 0))
+    };
+    let keys =
+        (0..6_000_u32).fold(Writer::new(), |writer, number| writer.entry(&number.to_string(), 0, &[1]));
+    let arrays = array(0, 4000, &[1; 4000]);
+    let arrays = (0..50).fold(Writer::new(), |writer, number| writer.entry(&number.to_string(), 9, &arrays));
+    let invalid = [&(1_u64 << 20).to_le_bytes()[..], &[0xff; 1 << 20]].concat();
+    let invalid = Writer::new().entry("a", 8, &invalid);
+    for writer in [infos(4_000), infos(4_100), keys, arrays, invalid] {
+        let read = |data_len: u64| {
+            let bytes = writer.clone().info("z", &[data_len], 24, 0).bytes();
+            let length = (bytes.len() as u64).next_multiple_of(32) + data_len;
+            let (result, peak) = measured(|| {
+                let buffered = std::io::BufReader::with_capacity(64 << 10, &bytes[..]);
+                gguf::read_from(buffered, length, Path::new(PATH))
+            });
+            (result.err().map(|error| error.to_string()), length, peak)
+        };
+        let data_len = shortest(|data_len| read(data_len).0);
+        let (_, length, peak) = read(data_len);
+        assert_tight(peak, length);
+    }
+}
+
+/// Strings, numbers and brackets that a parser would copy, in files that are all header and in longer ones.
+#[test]
+fn what_a_parser_copies_takes_no_more_than_the_file() {
+    let long = 1_200_000;
+    for header in [
+        format!("{{\"__metadata__\":{{\"a\":\"\\n{}\"}}}}", "x".repeat(long)),
+        format!("{{\"\\n{}\":1}}", "\u{7f}".repeat(long)),
+        format!("{{\"{}\":1}}", "\u{7f}".repeat(long)),
+        format!("{{\"a\":{{\"dtype\":\"{}\"}}}}", "\u{7f}".repeat(long)),
+        format!("{{\"a\":{{\"shape\":[{}]}}}}", "7".repeat(long)),
+        format!("{{\"a\":{}", "[".repeat(long)),
+    ] {
+        for factor in [0, 1, 4] {
+            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+            bytes.extend(header.as_bytes());
+            bytes.resize(bytes.len() + factor * header.len(), 0);
+            check_safetensors(&bytes);
         }
     }
 }
