@@ -390,7 +390,7 @@ fn gguf_files_take_no_more_than_they_are_long() {
         (0..6_000_u32).fold(Writer::new(), |writer, number| writer.entry(&number.to_string(), 0, &[1]));
     let arrays = array(0, 4000, &[1; 4000]);
     let arrays = (0..50).fold(Writer::new(), |writer, number| writer.entry(&number.to_string(), 9, &arrays));
-    let invalid = [&(1_u64 << 20).to_le_bytes()[..], &[0xff; 1 << 20]].concat();
+    let invalid = [&(1_u64 << 20).to_le_bytes()[..], &vec![0xff; 1 << 20]].concat();
     let invalid = Writer::new().entry("a", 8, &invalid);
     for writer in [infos(4_000), infos(4_100), keys, arrays, invalid] {
         let read = |data_len: u64| {
