@@ -79,7 +79,8 @@ pub(super) fn part_name(file_name: &str, extension: &str) -> Option<(String, u64
     if name.is_empty() || !digits(number) || !digits(count) {
         return None;
     }
-    Some((name.to_owned(), number.parse().ok()?, count.parse().ok()?))
+    let (number, count) = (number.parse().ok()?, count.parse().ok()?);
+    (1..=count).contains(&number).then(|| (name.to_owned(), number, count))
 }
 
 #[cfg(test)]
@@ -102,6 +103,8 @@ mod tests {
         assert_eq!(part("a-1-of-3.gguf"), None);
         assert_eq!(part("a-00001-of-00003.bin"), None);
         assert_eq!(part("-00001-of-00003.gguf"), None);
+        assert_eq!(part("a-00000-of-00000.gguf"), None);
+        assert_eq!(part("a-00004-of-00003.gguf"), None);
         assert_eq!(part("a-+0001-of-00003.gguf"), None);
     }
 
