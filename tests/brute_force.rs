@@ -122,20 +122,19 @@ impl Case {
     fn head_choices(&self) -> Vec<Vec<(u64, u64)>> {
         let (group, n) = (self.group, self.budgets.len());
         let all = compositions(self.kv_heads * group, n);
-        let legal = |counts: &Vec<u64>| {
+        let held = |counts: Vec<u64>| {
             let mut start = 0;
-            counts.iter().all(|count| {
+            let ranks = counts.into_iter().map(|count| {
                 let (from, to) = (start, start + count);
                 start = to;
                 let whole = from % group == 0 && to % group == 0;
-                // A rank's heads are whole KV heads, or lie inside one.
-                *count == 0 || whole || (self.share_heads && from / group == (to - 1) / group)
-            })
+                // Every KV head that the query heads belong to is stored.
+                let stored = if count == 0 { 0 } else { to.div_ceil(group) - from / group };
+                (count == 0 || whole || self.share_heads).then_some((count, stored))
+            });
+            ranks.collect::<Option<Vec<_>>>()
         };
-        all.into_iter()
-            .filter(legal)
-            .map(|counts| counts.into_iter().map(|count| (count, count.div_ceil(group))).collect())
-            .collect()
+        all.into_iter().filter_map(held).collect()
     }
 
     /// The least time of any split that fits.

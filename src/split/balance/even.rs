@@ -2,7 +2,7 @@
 
 use super::bounds::Times;
 use super::lines::{Lines, Steps, longest, steps_within};
-use super::problem::{Line, Problem};
+use super::problem::{Line, Problem, placed_before};
 use super::search::Found;
 
 /// The least time in which `line` can be read, memory aside.
@@ -66,8 +66,8 @@ pub(super) fn spread(units: i64, limits: &[i64], problem: &Problem) -> Vec<i64> 
 
 /// The slowest rank's time for its heads.
 pub(super) fn attention_time(problem: &Problem, heads: &[usize]) -> f64 {
-    let times = heads.iter().zip(&problem.ranks);
-    times.map(|(x, rank)| problem.attention.read[*x] / rank.speed).fold(0.0, f64::max)
+    let times = heads.iter().zip(placed_before(heads)).zip(&problem.ranks);
+    times.map(|((x, placed), rank)| problem.attention.read(placed, *x) / rank.speed).fold(0.0, f64::max)
 }
 
 /// The slowest ranks' times for MLP and head.

@@ -1,7 +1,7 @@
 //! MLP and vocabulary for heads that are decided: the least sum of their two times, in whole steps.
 
 use super::bounds::{Conditions, Times};
-use super::problem::{Line, Problem};
+use super::problem::{Line, Problem, placed_before};
 
 /// Times are equal if they differ by less than this part of them.
 pub(super) const SAME: f64 = 1e-12;
@@ -50,13 +50,15 @@ impl<'a> Lines<'a> {
             .ranks
             .iter()
             .zip(heads)
-            .map(|(rank, &x)| {
+            .zip(placed_before(heads))
+            .map(|((rank, &x), placed)| {
                 if rank.capacity < 0 {
                     return Room { attention_phase: 0, mlp_phase: 0 };
                 }
-                let mlp_phase = rank.capacity - attention.bytes.get(x).copied().unwrap_or(i64::MAX / 64);
-                let alive = attention.activation.saturating_mul(i64::try_from(x).unwrap_or(i64::MAX));
-                Room { attention_phase: mlp_phase.saturating_sub(alive), mlp_phase }
+                Room {
+                    attention_phase: rank.capacity - attention.bytes_alive(placed, x),
+                    mlp_phase: rank.capacity - attention.bytes(placed, x),
+                }
             })
             .collect();
         Self { problem, rooms, table_cells }

@@ -59,7 +59,9 @@ pub(crate) fn solve(
 ) -> Option<Balanced> {
     let problem = Problem::new(workload, budgets, options, fixed, extra);
     let known = known.and_then(|known| problem.found_of(known));
-    let found = search::search(&problem, Goal::Fastest, known)?;
+    // At the very edge of the memory only the exact tables of the second search find the split that fits.
+    let found = search::search(&problem, Goal::Fastest, known);
+    let found = found.or_else(|| search::search(&problem, Goal::Any, None))?;
     Some(problem.splits_of(&found))
 }
 

@@ -17,23 +17,52 @@ pub(super) struct Line {
     pub(super) limits: Vec<i64>,
 }
 
-/// Attention: what holding `x` units takes, for every `x`.
+/// Attention: what holding `x` units takes, for every `x` and every place in a KV head where they may begin.
 #[derive(Debug, Clone)]
 pub(super) struct Attention {
     /// Units to give out.
     pub(super) units: usize,
     /// Units of a whole KV head (or of the smallest group of them that can be cut); 1 where heads are not shared.
     pub(super) units_per_head: usize,
-    /// Bytes of `x` units, for `x` in `0..=units`.
-    pub(super) bytes: Vec<i64>,
+    /// Bytes of `x` units that begin `o` units into a KV head, at `[o][x]`: units that straddle heads store each.
+    bytes: Vec<Vec<i64>>,
     /// Bytes that a decode step reads of them.
-    pub(super) read: Vec<f64>,
+    read: Vec<Vec<f64>>,
     /// Activations of one unit while attention runs.
     pub(super) activation: i64,
     /// Units of every rank, where the caller fixed them.
     pub(super) fixed: Option<Vec<usize>>,
-    /// A lower bound of the bytes of each unit: the smallest `bytes[x] / x`.
+    /// A lower bound of the bytes of each unit: the smallest of all bytes a unit.
     pub(super) bytes_per_unit: f64,
+}
+
+impl Attention {
+    /// Bytes of `x` units after `placed` of them.
+    pub(super) fn bytes(&self, placed: usize, x: usize) -> i64 {
+        let column = self.bytes.get(placed % self.units_per_head).and_then(|row| row.get(x));
+        column.copied().unwrap_or(i64::MAX / 64)
+    }
+
+    /// Bytes that a decode step reads of them.
+    pub(super) fn read(&self, placed: usize, x: usize) -> f64 {
+        let column = self.read.get(placed % self.units_per_head).and_then(|row| row.get(x));
+        column.copied().unwrap_or(f64::INFINITY)
+    }
+
+    /// Bytes of `x` units while attention runs, their activations included.
+    pub(super) fn bytes_alive(&self, placed: usize, x: usize) -> i64 {
+        let alive = self.activation.saturating_mul(i64::try_from(x).unwrap_or(i64::MAX));
+        self.bytes(placed, x).saturating_add(alive)
+    }
+}
+
+/// How many units come before each rank's.
+pub(super) fn placed_before(heads: &[usize]) -> impl Iterator<Item = usize> + '_ {
+    heads.iter().scan(0, |placed, x| {
+        let before = *placed;
+        *placed += x;
+        Some(before)
+    })
 }
 
 /// One rank.
@@ -147,19 +176,25 @@ fn attention(workload: &Workload, options: &Options, fixed: &FixedSteps) -> (Att
     let (rank_bytes, rank_read) = workload.sum(Basis::AttentionRank);
     let (query_bytes, query_read) = workload.sum(Basis::QueryHeads);
     let (kv_bytes, kv_read) = workload.sum(Basis::KvHeads);
-    let amount = |x: u64, rank: u64, query: u64, kv: u64| {
+    let amount = |offset: u64, x: u64, rank: u64, query: u64, kv: u64| {
         if x == 0 {
             return 0;
         }
-        let kv_heads = if share { x.div_ceil(units_per_head) } else { x * heads.step };
-        rank + portion(query, x * size, workload.query_heads()) + portion(kv, kv_heads, heads.total)
+        let stored = if share { (offset + x).div_ceil(units_per_head) } else { x * heads.step };
+        rank + portion(query, x * size, workload.query_heads()) + portion(kv, stored, heads.total)
     };
-    let bytes: Vec<i64> = (0..=units).map(|x| signed(amount(x, rank_bytes, query_bytes, kv_bytes))).collect();
-    let read = (0..=units).map(|x| amount(x, rank_read, query_read, kv_read) as f64).collect();
+    let row = |offset: u64| -> Vec<i64> {
+        (0..=units).map(|x| signed(amount(offset, x, rank_bytes, query_bytes, kv_bytes))).collect()
+    };
+    let read_row = |offset: u64| -> Vec<f64> {
+        (0..=units).map(|x| amount(offset, x, rank_read, query_read, kv_read) as f64).collect()
+    };
+    let bytes: Vec<Vec<i64>> = (0..units_per_head).map(row).collect();
+    let read = (0..units_per_head).map(read_row).collect();
+    // Units that begin with a head store the fewest heads.
     let bytes_per_unit = bytes
         .iter()
-        .enumerate()
-        .skip(1)
+        .flat_map(|row| row.iter().enumerate().skip(1))
         .map(|(x, bytes)| *bytes as f64 / x as f64)
         .fold(f64::INFINITY, f64::min);
     let activation = portion(workload.activation_attention, size, workload.query_heads());

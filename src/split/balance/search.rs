@@ -3,7 +3,7 @@
 use super::bounds::{Conditions, Offer, Times};
 use super::even;
 use super::lines::{Lines, SAME, Steps};
-use super::problem::Problem;
+use super::problem::{Problem, placed_before};
 
 /// Choices that are looked at, times the ranks that each concerns, before the best one found so far is taken. Cases
 /// small enough to enumerate stay far below; on large ones the first choices are within a fraction of a percent of
@@ -54,8 +54,8 @@ struct Search<'a> {
 
 /// One level of the allowed attention time.
 struct Level {
-    /// Most heads of every rank.
-    most: Vec<usize>,
+    /// Most heads of every rank, for every place in a KV head where they may begin.
+    most: Vec<Vec<usize>>,
     /// The time.
     time: f64,
     /// Choices that stay within this time were looked at before.
@@ -119,7 +119,7 @@ pub(super) fn checked(problem: &Problem, heads: &[u64], mlp: &[u64], vocabulary:
 impl Search<'_> {
     fn try_fixed(&mut self, heads: &[usize]) {
         let time = even::attention_time(self.problem, heads);
-        let affordable = |rank: usize, x: usize| x == 0 || x <= self.most_heads(rank, f64::INFINITY);
+        let affordable = |rank: usize, x: usize| x <= self.most_heads(rank, 0, f64::INFINITY);
         if heads.iter().enumerate().all(|(rank, x)| affordable(rank, *x)) {
             let offers = self.offers_with(heads);
             if let Some(conditions) = Conditions::new(self.problem, &offers, 0.0) {
@@ -133,9 +133,11 @@ impl Search<'_> {
         let times = self.attention_times();
         // More time never makes heads harder to place, so the levels that can place them are a suffix.
         let first = times.partition_point(|time| !self.completable(&self.most_of_all(*time))[0][0]);
+        let rest = self.floor.sum();
         let mut levels: Vec<(f64, f64)> = times[first..]
             .iter()
             .copied()
+            .take_while(|time| time + rest < self.below * (1.0 - SAME))
             .filter_map(|time| self.bound_of_level(time).map(|bound| (bound, time)))
             .collect();
         levels.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
@@ -152,10 +154,14 @@ impl Search<'_> {
 
     /// Every time at which some rank may finish its heads, ascending.
     fn attention_times(&self) -> Vec<f64> {
+        let attention = &self.problem.attention;
         let mut times: Vec<f64> = Vec::new();
         for (index, rank) in self.problem.ranks.iter().enumerate() {
-            for x in 0..=self.most_heads(index, f64::INFINITY) {
-                times.push(self.problem.attention.read[x] / rank.speed);
+            // Wherever heads begin, they store as many KV heads as at the first place or at the last.
+            for place in [0, attention.units_per_head - 1] {
+                for x in 0..=self.most_heads(index, place, f64::INFINITY) {
+                    times.push(attention.read(place, x) / rank.speed);
+                }
             }
         }
         times.sort_by(f64::total_cmp);
@@ -169,40 +175,46 @@ impl Search<'_> {
         Some(time + conditions.best(self.floor).sum())
     }
 
-    /// Most heads that a rank can hold and read within `time`.
-    fn most_heads(&self, rank: usize, time: f64) -> usize {
+    /// Most heads beginning at `place` in a KV head that a rank can hold, and read within `time`.
+    fn most_heads(&self, rank: usize, place: usize, time: f64) -> usize {
         let attention = &self.problem.attention;
         let limit = &self.problem.ranks[rank];
-        let fits = |x: &usize| {
-            let alive = attention.activation.saturating_mul(i64::try_from(*x).unwrap_or(i64::MAX));
-            attention.bytes[*x].saturating_add(alive) <= limit.capacity
-                && attention.read[*x] <= time * limit.speed * (1.0 + SAME)
+        let fits = |x: usize| {
+            attention.bytes_alive(place, x) <= limit.capacity
+                && attention.read(place, x) <= time * limit.speed * (1.0 + SAME)
         };
-        (1..=attention.units).rev().find(fits).unwrap_or(0)
+        // Both grow with the heads, so what fits is a prefix of them.
+        let (mut low, mut high) = (0, attention.units + 1);
+        while high - low > 1 {
+            let middle = low.midpoint(high);
+            if fits(middle) { low = middle } else { high = middle }
+        }
+        low
     }
 
     fn attention_bytes(&self, placed: usize) -> f64 {
         (self.problem.attention.units - placed) as f64 * self.problem.attention.bytes_per_unit
     }
 
-    fn offers(&self, most: &[usize]) -> Vec<Offer> {
+    fn offers(&self, most: &[Vec<usize>]) -> Vec<Offer> {
         let per_unit = self.problem.attention.bytes_per_unit;
         let ranks = self.problem.ranks.iter().zip(most);
         ranks
             .map(|(rank, most)| Offer {
                 room: rank.capacity.max(0) as f64,
-                attention: (*most as f64 * per_unit).min(rank.capacity.max(0) as f64),
+                attention: (most[0] as f64 * per_unit).min(rank.capacity.max(0) as f64),
             })
             .collect()
     }
 
     fn offers_with(&self, heads: &[usize]) -> Vec<Offer> {
-        let ranks = self.problem.ranks.iter().zip(heads);
-        ranks.map(|(rank, x)| self.decided(rank.capacity, *x)).collect()
+        let ranks = self.problem.ranks.iter().zip(heads).zip(placed_before(heads));
+        ranks.map(|((rank, x), placed)| self.decided(rank.capacity, placed, *x)).collect()
     }
 
-    fn decided(&self, capacity: i64, x: usize) -> Offer {
-        Offer { room: (capacity.max(0) - self.problem.attention.bytes[x]).max(0) as f64, attention: 0.0 }
+    fn decided(&self, capacity: i64, placed: usize, x: usize) -> Offer {
+        let room = capacity.max(0) - self.problem.attention.bytes(placed, x);
+        Offer { room: room.max(0) as f64, attention: 0.0 }
     }
 
     fn explore(&mut self, time: f64, seen: f64) {
@@ -213,32 +225,24 @@ impl Search<'_> {
         self.descend(&level, &mut heads, 0, &mut offers);
     }
 
-    fn most_of_all(&self, time: f64) -> Vec<usize> {
-        (0..self.problem.ranks.len()).map(|rank| self.most_heads(rank, time)).collect()
+    fn most_of_all(&self, time: f64) -> Vec<Vec<usize>> {
+        let places = self.problem.attention.units_per_head;
+        let ranks = 0..self.problem.ranks.len();
+        ranks.map(|rank| (0..places).map(|place| self.most_heads(rank, place, time)).collect()).collect()
     }
 
     /// Whether ranks `r..` can take exactly the units that are left after `placed`, for every `[r][placed]`.
-    fn completable(&self, most: &[usize]) -> Vec<Vec<bool>> {
+    fn completable(&self, most: &[Vec<usize>]) -> Vec<Vec<bool>> {
         let units = self.problem.attention.units;
         let mut table = vec![vec![false; units + 1]; most.len() + 1];
         table[most.len()][units] = true;
         for rank in (0..most.len()).rev() {
             for placed in 0..=units {
-                let mut amounts = 0..=most[rank].min(units - placed);
-                table[rank][placed] = amounts.any(|x| self.allowed(placed, x) && table[rank + 1][placed + x]);
+                let most = most[rank][placed % most[rank].len()].min(units - placed);
+                table[rank][placed] = (0..=most).any(|x| table[rank + 1][placed + x]);
             }
         }
         table
-    }
-
-    /// Whether a rank may take `x` units after `placed` of them: whole heads, or a part of one head. A head that an
-    /// earlier rank began must be finished before the next one is begun.
-    fn allowed(&self, placed: usize, x: usize) -> bool {
-        let group = self.problem.attention.units_per_head;
-        match placed % group {
-            0 => x < group || x.is_multiple_of(group),
-            begun => x <= group - begun,
-        }
     }
 
     fn exhausted(&self) -> bool {
@@ -272,7 +276,7 @@ impl Search<'_> {
         let before = offers[rank];
         for x in self.choices(level, heads, placed) {
             heads.push(x);
-            offers[rank] = self.decided(self.problem.ranks[rank].capacity, x);
+            offers[rank] = self.decided(self.problem.ranks[rank].capacity, placed, x);
             self.descend(level, heads, placed + x, offers);
             heads.pop();
         }
@@ -281,12 +285,13 @@ impl Search<'_> {
 
     /// Heads that the next rank may take, those nearest to its part by speed first.
     fn choices(&self, level: &Level, heads: &[usize], placed: usize) -> Vec<usize> {
-        let attention = &self.problem.attention;
         let rank = heads.len();
-        let most = level.most[rank].min(attention.units - placed);
+        let limits = &level.most[rank];
+        let most = limits[placed % limits.len()].min(self.problem.attention.units - placed);
         let wanted = self.wanted[rank];
-        let mut choices: Vec<usize> = (0..=most).filter(|x| self.allowed(placed, *x)).collect();
-        if attention.units_per_head == 1 && self.twins(rank) {
+        let mut choices: Vec<usize> =
+            (0..=most).filter(|x| level.completable[rank + 1][placed + x]).collect();
+        if limits.len() == 1 && self.twins(rank) {
             // Equal neighbours can trade places: the first takes the larger part.
             choices.retain(|x| *x <= heads[rank - 1]);
         }
