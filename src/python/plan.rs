@@ -1,0 +1,498 @@
+//! `Plan` and what it is made of.
+
+use std::collections::BTreeMap;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyType};
+
+use super::errors::{guarded, invalid, to_python};
+use super::shape::{dumps, loads, to_json, word};
+use crate::error::Error;
+use crate::split::{self, PLAN_VERSION};
+
+type Triples = Vec<(usize, u64, u64)>;
+
+fn triples(split: &split::Split) -> Triples {
+    split.0.iter().map(|share| (share.rank, share.start, share.end)).collect()
+}
+
+/// Who holds what, and what it takes.
+#[pyclass(module = "tp_rs", frozen)]
+pub(super) struct Plan {
+    pub(super) inner: split::Plan,
+}
+
+#[pymethods]
+impl Plan {
+    /// Reads what `to_dict` made.
+    #[classmethod]
+    fn from_dict(class: &Bound<'_, PyType>, data: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Self::from_json(class, data.py(), &dumps(data, "plan")?)
+    }
+
+    /// Reads what `to_json` wrote.
+    #[classmethod]
+    fn from_json(_class: &Bound<'_, PyType>, py: Python<'_>, text: &str) -> PyResult<Self> {
+        let wanted = "what Plan.to_dict() or Plan.to_json() gave";
+        let value: serde_json::Value = serde_json::from_str(text)
+            .map_err(|error| invalid(py, "plan", format!("broken JSON: {error}"), wanted))?;
+        // Before the fields: a plan of another version may lack or rename any of them.
+        let version = value.get("version").and_then(serde_json::Value::as_u64);
+        if version != Some(u64::from(PLAN_VERSION)) {
+            let got = value.get("version").map_or_else(|| "no version".to_owned(), ToString::to_string);
+            let wanted = format!("{PLAN_VERSION}; make the plan again with this version of tp_rs");
+            return Err(invalid(py, "plan[\"version\"]", got, wanted));
+        }
+        let inner: split::Plan =
+            serde_json::from_value(value).map_err(|error| invalid(py, "plan", error, wanted))?;
+        check(&inner).map_err(|problem| invalid(py, "plan", problem, wanted))?;
+        Ok(Self { inner })
+    }
+
+    /// Everything as JSON text.
+    fn to_json(&self, py: Python<'_>) -> PyResult<String> {
+        to_json(py, &self.inner)
+    }
+
+    /// Everything as plain dicts, lists and numbers.
+    fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        loads(py, &self.to_json(py)?)
+    }
+
+    /// Raises `DoesNotFit` where a rank would exceed its budget.
+    fn require_fit(&self, py: Python<'_>) -> PyResult<()> {
+        match &self.inner.shortfall {
+            Some(shortfall) if !self.inner.fits => {
+                Err(to_python(py, &Error::DoesNotFit(Box::new(shortfall.clone()))))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Version of the JSON form.
+    #[getter]
+    fn version(&self) -> u32 {
+        self.inner.version
+    }
+
+    /// The model in a few numbers.
+    #[getter]
+    fn model(&self) -> PlannedModel {
+        PlannedModel { inner: self.inner.model.clone() }
+    }
+
+    /// `"balanced"` or `"exllamav2"`.
+    #[getter]
+    fn strategy(&self) -> &'static str {
+        self.inner.strategy.name()
+    }
+
+    /// Tokens a sequence.
+    #[getter]
+    fn context(&self) -> u64 {
+        self.inner.context
+    }
+
+    /// Sequences at once.
+    #[getter]
+    fn batch(&self) -> u64 {
+        self.inner.batch
+    }
+
+    /// Tokens of a prompt that are computed at once.
+    #[getter]
+    fn chunk(&self) -> u64 {
+        self.inner.chunk
+    }
+
+    /// How keys and values are stored.
+    #[getter]
+    fn cache(&self) -> &'static str {
+        self.inner.cache.name()
+    }
+
+    /// Whether every rank stays within its budget.
+    #[getter]
+    fn fits(&self) -> bool {
+        self.inner.fits
+    }
+
+    /// Why it does not fit, if it does not.
+    #[getter]
+    fn shortfall(&self) -> Option<Shortfall> {
+        self.inner.shortfall.clone().map(|inner| Shortfall { inner })
+    }
+
+    /// The largest context that fits, 0 if none.
+    #[getter]
+    fn max_context(&self) -> u64 {
+        self.inner.max_context
+    }
+
+    /// Every rank, those with nothing included.
+    #[getter]
+    fn ranks(&self) -> Vec<RankPlan> {
+        self.inner.ranks.iter().cloned().map(|inner| RankPlan { inner }).collect()
+    }
+
+    /// KV heads as (rank, start, end).
+    #[getter]
+    fn kv_split(&self) -> Triples {
+        triples(&self.inner.splits.kv)
+    }
+
+    /// Query heads as (rank, start, end).
+    #[getter]
+    fn q_split(&self) -> Triples {
+        triples(&self.inner.splits.q)
+    }
+
+    /// Intermediate columns as (rank, start, end).
+    #[getter]
+    fn id_split(&self) -> Triples {
+        triples(&self.inner.splits.id)
+    }
+
+    /// Vocabulary rows as (rank, start, end).
+    #[getter]
+    fn vc_split(&self) -> Triples {
+        triples(&self.inner.splits.vc)
+    }
+
+    /// Residual columns as (rank, start, end).
+    #[getter]
+    fn rs_split(&self) -> Triples {
+        triples(&self.inner.splits.rs)
+    }
+
+    /// Whole experts as (rank, start, end), where they are divided so.
+    #[getter]
+    fn experts_split(&self) -> Option<Triples> {
+        self.inner.splits.experts.as_ref().map(triples)
+    }
+
+    /// Columns of MLPs whose width is not that of `id_split`, by width.
+    #[getter]
+    fn width_splits(&self) -> BTreeMap<u64, Triples> {
+        self.inner.splits.widths.iter().map(|(&width, split)| (width, triples(split))).collect()
+    }
+
+    /// What a decode step at the full context waits for.
+    #[getter]
+    fn step_time(&self) -> StepTime {
+        StepTime { inner: self.inner.step_time }
+    }
+
+    /// Whether the speeds were known; if not they count as equal.
+    #[getter]
+    fn speeds_known(&self) -> bool {
+        self.inner.speeds_known
+    }
+
+    /// Bytes of pinned host memory that the communicator takes.
+    #[getter]
+    fn pinned_bytes(&self) -> u64 {
+        self.inner.pinned_bytes
+    }
+
+    /// What a reader should know.
+    #[getter]
+    fn notes(&self) -> Vec<String> {
+        self.inner.notes.clone()
+    }
+
+    fn __eq__(&self, other: &Bound<'_, PyAny>) -> bool {
+        other.cast::<Self>().is_ok_and(|other| other.get().inner == self.inner)
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, (String,))> {
+        Ok((py.get_type::<Self>().getattr("from_json")?, (self.to_json(py)?,)))
+    }
+
+    fn __repr__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        slf.py().import("tp_rs.render")?.call_method1("plain", (slf,))
+    }
+}
+
+/// Whether a plan that came from outside keeps what the rest of the code relies on.
+fn check(plan: &split::Plan) -> Result<(), String> {
+    let ranks = plan.ranks.len();
+    if let Some((place, rank)) = plan.ranks.iter().enumerate().find(|(place, rank)| *place != rank.rank) {
+        return Err(format!("rank {} in place {place}", rank.rank));
+    }
+    let splits = &plan.splits;
+    let named =
+        [("kv", &splits.kv), ("q", &splits.q), ("id", &splits.id), ("vc", &splits.vc), ("rs", &splits.rs)];
+    let others =
+        splits.experts.iter().chain(splits.widths.values()).map(|split| ("experts or widths", split));
+    for (name, split) in named.into_iter().chain(others) {
+        if let Some(share) = split.0.iter().find(|share| share.start > share.end || share.rank >= ranks) {
+            return Err(format!(
+                "the {name} share ({}, {}, {}) among {ranks} ranks",
+                share.rank, share.start, share.end
+            ));
+        }
+    }
+    if plan.fits == plan.shortfall.is_some() {
+        return Err(format!("fits = {} together with shortfall = {:?}", plan.fits, plan.shortfall));
+    }
+    Ok(())
+}
+
+/// The model that a plan is for, in a few numbers.
+#[pyclass(module = "tp_rs._native", frozen)]
+pub(super) struct PlannedModel {
+    inner: split::PlannedModel,
+}
+
+#[pymethods]
+impl PlannedModel {
+    /// Path or name.
+    #[getter]
+    fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// `model_type` or GGUF architecture.
+    #[getter]
+    fn architecture(&self) -> &str {
+        &self.inner.architecture
+    }
+
+    /// Layers.
+    #[getter]
+    fn layers(&self) -> u64 {
+        self.inner.layers
+    }
+
+    /// Query heads.
+    #[getter]
+    fn query_heads(&self) -> u64 {
+        self.inner.query_heads
+    }
+
+    /// KV heads.
+    #[getter]
+    fn kv_heads(&self) -> u64 {
+        self.inner.kv_heads
+    }
+
+    /// Elements of a head.
+    #[getter]
+    fn head_dim(&self) -> u64 {
+        self.inner.head_dim
+    }
+
+    /// Columns of the residual stream.
+    #[getter]
+    fn hidden(&self) -> u64 {
+        self.inner.hidden
+    }
+
+    /// Intermediate columns.
+    #[getter]
+    fn intermediate(&self) -> u64 {
+        self.inner.intermediate
+    }
+
+    /// Vocabulary rows.
+    #[getter]
+    fn vocabulary(&self) -> u64 {
+        self.inner.vocabulary
+    }
+
+    /// Bytes of all weights, each tensor once.
+    #[getter]
+    fn weight_bytes(&self) -> u64 {
+        self.inner.weight_bytes
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "PlannedModel({:?}, {}, {} layers, {} bytes)",
+            self.inner.name, self.inner.architecture, self.inner.layers, self.inner.weight_bytes
+        )
+    }
+}
+
+/// What a decode step waits for: bytes read over the slowest rank's speed, at each sum over the ranks.
+///
+/// Nanoseconds where speeds are in GB/s.
+#[pyclass(module = "tp_rs._native", frozen)]
+pub(super) struct StepTime {
+    inner: split::StepTime,
+}
+
+#[pymethods]
+impl StepTime {
+    /// Attention weights and cache.
+    #[getter]
+    fn attention(&self) -> f64 {
+        self.inner.attention
+    }
+
+    /// MLP and experts.
+    #[getter]
+    fn mlp(&self) -> f64 {
+        self.inner.mlp
+    }
+
+    /// Output head.
+    #[getter]
+    fn head(&self) -> f64 {
+        self.inner.head
+    }
+
+    /// All three.
+    #[getter]
+    fn total(&self) -> f64 {
+        self.inner.total()
+    }
+
+    fn __repr__(&self) -> String {
+        let split::StepTime { attention, mlp, head } = self.inner;
+        format!("StepTime(attention={attention}, mlp={mlp}, head={head})")
+    }
+}
+
+/// One rank of a plan.
+#[pyclass(module = "tp_rs._native", frozen)]
+pub(super) struct RankPlan {
+    inner: split::RankPlan,
+}
+
+#[pymethods]
+impl RankPlan {
+    /// The rank.
+    #[getter]
+    fn rank(&self) -> usize {
+        self.inner.rank
+    }
+
+    /// Its device.
+    #[getter]
+    fn device(&self) -> &str {
+        &self.inner.device
+    }
+
+    /// Bytes that it may use.
+    #[getter]
+    fn budget(&self) -> u64 {
+        self.inner.budget
+    }
+
+    /// Relative speed.
+    #[getter]
+    fn speed(&self) -> f64 {
+        self.inner.speed
+    }
+
+    /// Bytes by item, in the order of the tables; items of 0 bytes are left out.
+    #[getter]
+    fn items<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let items = PyDict::new(py);
+        for (item, bytes) in &self.inner.items {
+            items.set_item(word(item), bytes)?;
+        }
+        Ok(items)
+    }
+
+    /// Bytes in all.
+    #[getter]
+    fn total(&self) -> u64 {
+        self.inner.total
+    }
+
+    /// Bytes left of the budget; negative where it is exceeded.
+    #[getter]
+    fn free(&self) -> i128 {
+        i128::from(self.inner.budget) - i128::from(self.inner.total)
+    }
+
+    /// Bytes of weights and cache that one decode step reads at the full context.
+    #[getter]
+    fn read_per_token(&self) -> u64 {
+        self.inner.read_per_token
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "RankPlan({}, {:?}, {} of {} bytes)",
+            self.inner.rank, self.inner.device, self.inner.total, self.inner.budget
+        )
+    }
+}
+
+/// Why a plan does not fit.
+#[pyclass(module = "tp_rs._native", frozen)]
+pub(super) struct Shortfall {
+    pub(super) inner: split::Shortfall,
+}
+
+#[pymethods]
+impl Shortfall {
+    #[classmethod]
+    fn _from_json(_class: &Bound<'_, PyType>, py: Python<'_>, text: &str) -> PyResult<Self> {
+        serde_json::from_str(text)
+            .map(|inner| Self { inner })
+            .map_err(|error| invalid(py, "shortfall", error, "a pickled Shortfall"))
+    }
+
+    /// The rank that misses the most.
+    #[getter]
+    fn rank(&self) -> usize {
+        self.inner.rank
+    }
+
+    /// Its device.
+    #[getter]
+    fn device(&self) -> &str {
+        &self.inner.device
+    }
+
+    /// Bytes that it misses.
+    #[getter]
+    fn missing_bytes(&self) -> u64 {
+        self.inner.missing
+    }
+
+    /// Bytes that all ranks together miss.
+    #[getter]
+    fn missing_total_bytes(&self) -> u64 {
+        self.inner.missing_total
+    }
+
+    /// The item that could give way.
+    #[getter]
+    fn item(&self) -> String {
+        word(&self.inner.item)
+    }
+
+    /// What to do, with numbers.
+    #[getter]
+    fn advice(&self) -> &str {
+        &self.inner.advice
+    }
+
+    fn __eq__(&self, other: &Bound<'_, PyAny>) -> bool {
+        other.cast::<Self>().is_ok_and(|other| other.get().inner == self.inner)
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, (String,))> {
+        Ok((py.get_type::<Self>().getattr("_from_json")?, (to_json(py, &self.inner)?,)))
+    }
+
+    fn __str__(&self, py: Python<'_>) -> PyResult<String> {
+        guarded(py, || Ok(self.inner.to_string()))
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "Shortfall(rank={}, device={:?}, missing_bytes={}, item={:?})",
+            self.inner.rank,
+            self.inner.device,
+            self.inner.missing,
+            self.item()
+        )
+    }
+}
