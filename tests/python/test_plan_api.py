@@ -1,0 +1,492 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tp_rs
+from tp_rs import _native, devices
+from tp_rs._native import ModelShape
+
+CPU2 = ["cpu", "cpu"]
+GIB = 1 << 30
+
+
+def plan(model: object, *args: Any, **kwargs: Any) -> tp_rs.Plan:
+    """`tp_rs.plan` without its types: for what callers get wrong."""
+    return tp_rs.plan(model, *args, **kwargs)
+
+
+class TransformersConfig:
+    """As much of a transformers configuration as is looked at."""
+
+    name_or_path = "tiny-llama"
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.settings
+
+
+class ExLlamaV2Attention:
+    def __init__(self, footprint: int) -> None:
+        self.footprint = footprint
+
+    def weight_footprint(self) -> int:
+        return self.footprint
+
+
+def exllamav2_config(config: dict[str, Any]) -> types.SimpleNamespace:
+    lm = types.SimpleNamespace(supports_tp=True)
+    return types.SimpleNamespace(
+        arch=types.SimpleNamespace(arch_string="LlamaForCausalLM", lm=lm),
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        num_attention_heads=config["num_attention_heads"],
+        num_key_value_heads=config["num_key_value_heads"],
+        num_key_value_groups=config["num_attention_heads"] // config["num_key_value_heads"],
+        num_hidden_layers=config["num_hidden_layers"],
+        head_dim=config["hidden_size"] // config["num_attention_heads"],
+        max_seq_len=config["max_position_embeddings"],
+        max_batch_size=1,
+        max_input_len=2048,
+        max_output_len=None,
+    )
+
+
+def covers(split: list[tuple[int, int, int]], total: int) -> bool:
+    ends = [end for _, _, end in split]
+    starts = [start for _, start, _ in split]
+    ranks = [rank for rank, _, _ in split]
+    return starts == [0, *ends[:-1]] and ends[-1] == total and ranks == sorted(set(ranks))
+
+
+def test_a_plan_covers_every_dimension_and_its_bytes_add_up(config: dict[str, Any]) -> None:
+    made = tp_rs.plan(config, [2.0, 1.5, 1.0], devices=["cpu"] * 3, context=1024)
+    assert made.fits
+    assert made.shortfall is None
+    made.require_fit()
+    assert covers(made.kv_split, config["num_key_value_heads"])
+    assert covers(made.q_split, config["num_attention_heads"])
+    assert covers(made.id_split, config["intermediate_size"])
+    assert covers(made.vc_split, config["vocab_size"])
+    assert covers(made.rs_split, config["hidden_size"])
+    assert made.experts_split is None
+    assert {rank for rank, _, _ in made.id_split} <= {rank for rank, _, _ in made.rs_split}
+    groups = config["num_attention_heads"] // config["num_key_value_heads"]
+    assert made.q_split == [(rank, a * groups, b * groups) for rank, a, b in made.kv_split]
+    assert [rank.budget for rank in made.ranks] == [2 * GIB, 3 * GIB // 2, GIB]
+    for number, rank in enumerate(made.ranks):
+        assert rank.rank == number
+        assert rank.device == "cpu"
+        assert rank.total == sum(rank.items.values())
+        assert rank.free == rank.budget - rank.total >= 0
+    assert (made.context, made.batch, made.chunk, made.cache, made.strategy) == (
+        1024,
+        1,
+        2048,
+        "fp16",
+        "balanced",
+    )
+    assert made.max_context >= 1024
+
+
+def test_weights_of_all_ranks_are_the_models_where_nothing_is_held_twice(config: dict[str, Any]) -> None:
+    h, i, v, layers = (
+        config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers")
+    )
+    kv_rows = h // config["num_attention_heads"] * config["num_key_value_heads"]
+    attention = layers * (2 * h * h + 2 * h * kv_rows) * 2
+    mlp = layers * 3 * h * i * 2
+    made = tp_rs.plan(config, [2.0, 1.0], devices=CPU2)
+    held = {
+        item: sum(rank.items.get(item, 0) for rank in made.ranks)
+        for item in ("attention", "mlp", "embedding", "head")
+    }
+    assert held == {"attention": attention, "mlp": mlp, "embedding": v * h * 2, "head": v * h * 2}
+    cache = 2 * layers * kv_rows * made.context * 2
+    assert sum(rank.items["kv_cache"] for rank in made.ranks if "kv_cache" in rank.items) == cache
+    assert made.model.weight_bytes == attention + mlp + 2 * v * h * 2 + (2 * layers + 1) * h * 2
+
+
+def test_every_way_of_giving_a_model_gives_the_same_split(config: dict[str, Any], config_file: Path) -> None:
+    transformers_config = TransformersConfig(config)
+    ways: list[object] = [
+        config,
+        types.MappingProxyType(config),
+        config_file,
+        str(config_file),
+        config_file.parent,
+        transformers_config,
+        types.SimpleNamespace(config=transformers_config),
+        ModelShape.from_config(config),
+        ModelShape.from_config_json(json.dumps(config)),
+        ModelShape.from_path(config_file),
+    ]
+    splits = [tp_rs.plan(way, [2.0, 1.0], devices=CPU2).to_dict()["splits"] for way in ways]
+    assert all(split == splits[0] for split in splits)
+
+
+def test_an_exllamav2_like_model_is_read_by_its_attributes(config: dict[str, Any]) -> None:
+    cfg = exllamav2_config(config)
+    for model in (cfg, types.SimpleNamespace(config=cfg, modules=[])):
+        made = tp_rs.plan(model, [2.0, 1.0], devices=CPU2)
+        assert covers(made.kv_split, config["num_key_value_heads"])
+        assert made.model.hidden == config["hidden_size"]
+
+
+def test_an_exllamav2_config_whose_folder_is_gone_is_still_read(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    cfg = exllamav2_config(config)
+    cfg.model_dir = str(tmp_path / "moved")
+    assert tp_rs.plan(cfg, [2.0, 1.0], devices=CPU2).model.hidden == config["hidden_size"]
+
+
+def test_the_references_strategy_takes_footprints_from_attention_modules(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = [object(), ExLlamaV2Attention(50 << 20), object(), ExLlamaV2Attention(60 << 20)]
+    model = types.SimpleNamespace(config=exllamav2_config(config), modules=modules)
+    seen: list[object] = []
+    real = _native.plan
+
+    def spy(*args: Any, **kwargs: Any) -> tp_rs.Plan:
+        seen.append(kwargs["attention_footprint"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(_native, "plan", spy)
+    tp_rs.plan(model, [3.0, 2.0], devices=CPU2, strategy="exllamav2")
+    tp_rs.plan(model, [3.0, 2.0], devices=CPU2)
+    assert seen == [[50 << 20, 60 << 20], None]
+
+
+@pytest.mark.parametrize("model", [None, 7, 1.5, object(), [], b"path", "", type("X", (), {"config": 3})()])
+def test_what_is_no_model_is_said_with_what_is_accepted(model: object) -> None:
+    with pytest.raises(tp_rs.InvalidInput, match=r"model: got .*wanted a path"):
+        tp_rs.plan(model, [1.0])
+
+
+def test_a_config_that_json_cannot_hold_is_invalid_input(config: dict[str, Any]) -> None:
+    config["itself"] = config
+    with pytest.raises(tp_rs.InvalidInput, match="config"):
+        tp_rs.plan(config, [1.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gpu_split": []}, "gpu_split"),
+        ({"gpu_split": 24.0}, "gpu_split"),
+        ({"gpu_split": "24,12"}, "gpu_split"),
+        ({"gpu_split": [0.0, 0.0]}, "gpu_split"),
+        ({"gpu_split": [1.0, math.nan]}, r"gpu_split\[1\]"),
+        ({"gpu_split": [math.inf, 1.0]}, r"gpu_split\[0\]"),
+        ({"gpu_split": [1.0, -1.0]}, r"gpu_split\[1\]"),
+        ({"gpu_split": [1.0, None]}, r"gpu_split\[1\]"),
+        ({"gpu_split": [1.0, True]}, r"gpu_split\[1\]"),
+        ({"gpu_split": [1.0], "devices": CPU2}, "gpu_split: got 1 entries, wanted 2"),
+        ({"gpu_split": [1.0] * 3, "devices": CPU2}, "gpu_split: got 3 entries, wanted 2"),
+        ({"devices": []}, "devices"),
+        ({"devices": "cpu"}, "devices"),
+        ({"devices": ["cpu", "tpu:0"]}, r"devices\[1\]"),
+        ({"devices": ["cuda:-1"]}, r"devices\[0\]"),
+        ({"gpu_split": [1.0, 1.0], "speeds": [1.0]}, "speeds: got 1 entries, wanted 2"),
+        ({"gpu_split": [1.0, 1.0], "speeds": [1.0, 0.0]}, r"speeds\[1\]"),
+        ({"gpu_split": [1.0, 1.0], "speeds": [-1.0, 1.0]}, r"speeds\[0\]"),
+        ({"gpu_split": [1.0, 1.0], "speeds": [1.0, math.nan]}, r"speeds\[1\]"),
+        ({"gpu_split": [1.0], "context": 0}, "context"),
+        ({"gpu_split": [1.0], "context": -1}, "context"),
+        ({"gpu_split": [1.0], "context": 2**70}, "context"),
+        ({"gpu_split": [1.0], "context": "all"}, "context"),
+        ({"gpu_split": [1.0], "context": 1.5}, "context"),
+        ({"gpu_split": [1.0], "batch": 0}, "batch"),
+        ({"gpu_split": [1.0], "batch": True}, "batch"),
+        ({"gpu_split": [1.0], "chunk": 0}, "chunk"),
+        ({"gpu_split": [1.0], "cache": "q3"}, "cache"),
+        ({"gpu_split": [1.0], "cache": None}, "cache"),
+        ({"gpu_split": [1.0], "strategy": "fast"}, "strategy"),
+        ({"gpu_split": [1.0], "experts": "half"}, "experts"),
+        ({"gpu_split": [1.0], "splits": {"heads": [1]}}, "heads"),
+        ({"gpu_split": [1.0], "splits": {"kv": [-4]}}, r"kv.*\[0\]"),
+        ({"gpu_split": [1.0], "splits": {"kv": "4"}}, "kv"),
+        ({"gpu_split": [1.0], "splits": {"kv": 4}}, "kv"),
+        ({"gpu_split": [1.0], "splits": {"kv": [3]}}, "4"),
+        ({"gpu_split": [1.0, 1.0], "splits": {"kv": [4]}}, "splits|kv"),
+        ({"gpu_split": [1.0], "splits": [4]}, "splits"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_named(
+    config: dict[str, Any], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(tp_rs.InvalidInput, match=message):
+        plan(config, **arguments)
+
+
+def test_explicit_shares_are_kept(config: dict[str, Any]) -> None:
+    made = tp_rs.plan(config, [2.0] * 3, devices=["cpu"] * 3, splits={"kv": [3, 1, 0], "id": None})
+    assert made.kv_split == [(0, 0, 3), (1, 3, 4)]
+    assert made.q_split == [(0, 0, 12), (1, 12, 16)]
+
+
+def test_what_does_not_fit_says_where_and_by_how_much(config: dict[str, Any]) -> None:
+    made = tp_rs.plan(config, [0.05, 0.02], devices=CPU2)
+    assert not made.fits
+    shortfall = made.shortfall
+    assert shortfall is not None
+    assert shortfall.missing_bytes == -made.ranks[shortfall.rank].free
+    assert shortfall.missing_bytes == max(-rank.free for rank in made.ranks)
+    assert shortfall.missing_total_bytes == sum(max(0, -rank.free) for rank in made.ranks)
+    assert shortfall.item in made.ranks[shortfall.rank].items
+    assert shortfall.device == "cpu"
+    assert shortfall.advice
+    assert shortfall.advice in str(shortfall)
+
+
+def test_the_largest_context_fits_and_one_token_more_does_not(config: dict[str, Any]) -> None:
+    config["max_position_embeddings"] = 1 << 20
+    budgets = [0.6, 0.4]
+    largest = tp_rs.plan(config, budgets, devices=CPU2).max_context
+    assert 0 < largest < 1 << 20
+    assert tp_rs.plan(config, budgets, devices=CPU2, context=largest).fits
+    assert not tp_rs.plan(config, budgets, devices=CPU2, context=largest + 1).fits
+    assert tp_rs.plan(config, budgets, devices=CPU2, context="max").context == largest
+
+
+@pytest.mark.parametrize("budgets", [[2.0, 1.0], [0.02, 0.02]])
+def test_a_plan_survives_json_pickle_and_copy(config: dict[str, Any], budgets: list[float]) -> None:
+    made = tp_rs.plan(config, budgets, devices=CPU2)
+    data = made.to_dict()
+    assert json.loads(json.dumps(data)) == data
+    assert data["version"] == made.version == 1
+    for again in (
+        tp_rs.Plan.from_dict(data),
+        tp_rs.Plan.from_json(made.to_json()),
+        pickle.loads(pickle.dumps(made)),
+        copy.deepcopy(made),
+    ):
+        assert again == made
+        assert str(again) == str(made)
+    assert made != tp_rs.plan(config, budgets, devices=CPU2, context=100)
+    assert made != data
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(made)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"version": None},
+        {"fits": None},
+        {"fits": False},
+        {"ranks": []},
+        {"splits": {"kv": [[0, 9, 4]], "q": [], "id": [], "vc": [], "rs": []}},
+        {"cache": "q5"},
+        {"context": -1},
+    ],
+)
+def test_a_plan_from_elsewhere_is_checked(config: dict[str, Any], change: dict[str, Any]) -> None:
+    data = tp_rs.plan(config, [2.0], devices=["cpu"]).to_dict() | change
+    with pytest.raises(tp_rs.InvalidInput, match="plan"):
+        tp_rs.Plan.from_dict(data)
+
+
+def test_plans_and_their_parts_are_frozen(config: dict[str, Any]) -> None:
+    made = tp_rs.plan(config, [2.0], devices=["cpu"])
+    for thing, name in ((made, "context"), (made.ranks[0], "total"), (made.model, "name")):
+        with pytest.raises(AttributeError):
+            setattr(thing, name, 1)
+
+
+def test_a_shape_tells_dimensions_and_tensors(config: dict[str, Any]) -> None:
+    shape = ModelShape.from_config(config, "tiny")
+    assert (shape.name, shape.source, shape.architecture) == ("tiny", "config", "llama")
+    assert shape.hidden_size == config["hidden_size"]
+    assert shape.intermediate_size == config["intermediate_size"]
+    assert shape.vocab_size == config["vocab_size"]
+    assert shape.num_attention_heads == config["num_attention_heads"]
+    assert shape.num_key_value_heads == config["num_key_value_heads"]
+    assert shape.head_dim == config["hidden_size"] // config["num_attention_heads"]
+    assert shape.num_hidden_layers == config["num_hidden_layers"]
+    assert shape.max_position_embeddings == config["max_position_embeddings"]
+    assert shape.tie_word_embeddings is False
+    assert shape.total_bytes == sum(tensor.bytes for tensor in shape.tensors)
+    for tensor in shape.tensors:
+        assert tensor.bytes == sum(part.bytes for part in tensor.parts)
+    down = next(tensor for tensor in shape.tensors if "down_proj" in tensor.name)
+    assert (down.role, down.parts[0].along, down.parts[0].width) == ("mlp_out", "intermediate", 2816)
+    assert pickle.loads(pickle.dumps(shape)) == shape
+    with pytest.raises(tp_rs.InvalidInput, match="shape"):
+        ModelShape.from_json("{}")
+
+
+class TestDevices:
+    """Against a machine that the test makes up: devices are the one thing that CI's machine does not have."""
+
+    @pytest.fixture
+    def gpus(self, monkeypatch: pytest.MonkeyPatch) -> list[types.SimpleNamespace]:
+        found = [
+            types.SimpleNamespace(index=0, free_bytes=20 * GIB, total_bytes=24 * GIB, bandwidth_gb_s=936.0),
+            types.SimpleNamespace(index=1, free_bytes=10 * GIB, total_bytes=12 * GIB, bandwidth_gb_s=504.0),
+        ]
+        monkeypatch.setattr(_native, "cuda_devices", lambda: found)
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
+        return found
+
+    @pytest.fixture
+    def no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_native, "cuda_devices", list)
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
+
+    @pytest.mark.usefixtures("gpus")
+    def test_left_out_every_gpu_gives_what_is_free_and_its_bandwidth(self) -> None:
+        assert devices.resolve() == [("cuda:0", 20.0, 936.0), ("cuda:1", 10.0, 504.0)]
+
+    @pytest.mark.usefixtures("gpus")
+    def test_ranks_that_share_a_device_share_its_memory(self) -> None:
+        got = devices.resolve(devices=["cuda:1", "cuda", 1])
+        assert got == [("cuda:1", 5.0, 252.0), ("cuda:0", 20.0, 936.0), ("cuda:1", 5.0, 252.0)]
+
+    @pytest.mark.usefixtures("gpus")
+    def test_budgets_and_speeds_that_are_given_stand(self) -> None:
+        assert devices.resolve([8, 4], speeds=[2, 1]) == [("cuda:0", 8.0, 2.0), ("cuda:1", 4.0, 1.0)]
+        assert devices.resolve([8]) == [("cuda:0", 8.0, 936.0)]
+
+    @pytest.mark.usefixtures("gpus")
+    def test_more_budgets_than_gpus_and_unknown_gpus_are_refused(self) -> None:
+        with pytest.raises(tp_rs.InvalidInput, match="gpu_split: got 3 entries, wanted at most 2"):
+            devices.resolve([1, 1, 1])
+        with pytest.raises(tp_rs.InvalidInput, match=r"devices\[1\]: got 'cuda:2'"):
+            devices.resolve(devices=["cuda:0", "cuda:2"])
+        with pytest.raises(tp_rs.InvalidInput, match=r"devices\[0\]: got 'cuda:2'"):
+            devices.resolve([1], devices=["cuda:2"])
+
+    @pytest.mark.usefixtures("no_gpu")
+    def test_without_a_gpu_one_rank_takes_the_hosts_memory(self) -> None:
+        (rank,) = devices.resolve()
+        assert rank.device == "cpu"
+        assert rank.speed is None
+        assert 0 < rank.gib * GIB <= 1 << 50
+
+    @pytest.mark.usefixtures("no_gpu")
+    def test_without_a_gpu_budgets_plan_for_another_machine(self) -> None:
+        assert devices.resolve([24, 12]) == [("cuda:0", 24.0, None), ("cuda:1", 12.0, None)]
+        with pytest.raises(tp_rs.InvalidInput, match=r"devices\[0\]"):
+            devices.resolve(devices=["cuda:0"])
+
+    @pytest.mark.usefixtures("gpus")
+    def test_torch_is_asked_where_the_program_uses_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cuda = types.SimpleNamespace(
+            is_available=lambda: True,
+            device_count=lambda: 2,
+            mem_get_info=lambda index: ((3 + index) * GIB, 24 * GIB),
+        )
+        monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+        assert devices.resolve() == [("cuda:0", 3.0, 936.0), ("cuda:1", 4.0, 504.0)]
+
+    def test_a_driver_that_fails_matters_only_where_it_is_needed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail() -> list[object]:
+            message = "cuInit failed"
+            raise tp_rs.CudaError(message, "cuInit", 999)
+
+        monkeypatch.setattr(_native, "cuda_devices", fail)
+        assert [rank.device for rank in devices.resolve([2, 1])] == ["cuda:0", "cuda:1"]
+        assert [rank.device for rank in devices.resolve(devices=["cpu"])] == ["cpu"]
+        with pytest.raises(tp_rs.CudaError):
+            devices.resolve()
+
+
+def outcome(model: object, *args: Any, **kwargs: Any) -> tuple[tp_rs.Plan | None, str]:
+    """The plan, or the words of a refusal of the kinds that callers are told to expect."""
+    try:
+        return plan(model, *args, **kwargs), ""
+    except tp_rs.TPError as error:
+        return None, str(error)
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.binary(max_size=4),
+    st.lists(st.one_of(st.floats(), st.integers(), st.none(), st.text(max_size=3)), max_size=4),
+    st.dictionaries(
+        st.sampled_from(["kv", "id", "vc", "rs", "experts", "x"]), st.lists(st.integers(), max_size=3)
+    ),
+)
+ARGUMENTS = [
+    "gpu_split",
+    "context",
+    "batch",
+    "chunk",
+    "cache",
+    "devices",
+    "speeds",
+    "strategy",
+    "splits",
+    "experts",
+]
+FIELDS = [
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "vocab_size",
+    "head_dim",
+    "max_position_embeddings",
+    "model_type",
+    "sliding_window",
+    "quantization_config",
+]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(arguments=st.dictionaries(st.sampled_from(ARGUMENTS), ODD, max_size=4))
+def test_whatever_the_arguments_only_typed_errors_come_out(
+    config: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    made, refusal = outcome(config, **({"gpu_split": [1.0, 0.5]} | arguments))
+    assert (made is None) == bool(refusal)
+    assert "internal error" not in refusal
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    change=st.dictionaries(
+        st.sampled_from(FIELDS), st.one_of(ODD, st.integers(0, 1 << 20), st.integers(0, 1 << 64)), max_size=4
+    )
+)
+def test_whatever_the_config_only_typed_errors_come_out(
+    config: dict[str, Any], change: dict[str, Any]
+) -> None:
+    made, refusal = outcome(config | change, [4.0, 2.0], devices=CPU2)
+    assert (made is None) == bool(refusal)
+    assert "internal error" not in refusal
+    assert made is None or "rank" in str(made)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(content=st.binary(max_size=200), name=st.sampled_from(["m.gguf", "m.safetensors", "config.json"]))
+def test_whatever_the_file_only_typed_errors_come_out(tmp_path: Path, content: bytes, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises((tp_rs.ModelError, tp_rs.InvalidInput)) as caught:
+        plan(path, [1.0])
+    assert "internal error" not in str(caught.value)
