@@ -319,3 +319,24 @@ fn bad_arguments_are_named_with_what_would_be_right() {
         assert!(text.starts_with(argument) && text.contains(value) && text.contains("wanted"), "{text}");
     }
 }
+
+#[test]
+fn claims_of_absurd_sizes_end_in_a_plan_or_an_error_at_once() {
+    for (kv_heads, columns, vocabulary) in
+        [(1 << 20, 1 << 24, 1 << 24), (999_983, 16_777_213, 16_777_213), (1, 1, 1), (8191, 131, 7)]
+    {
+        let config = json!({
+            "model_type": "llama", "hidden_size": 4096, "head_dim": 1, "num_hidden_layers": 3,
+            "num_attention_heads": kv_heads, "num_key_value_heads": kv_heads,
+            "intermediate_size": columns, "vocab_size": vocabulary, "torch_dtype": "float16",
+        });
+        let Ok(shape) = ModelShape::from_config(&config, "absurd") else { continue };
+        for gib in [1.0, 90.0, 3000.0] {
+            for duplicate_kv in [false, true] {
+                let options = Options { duplicate_kv, ..tokens(64) };
+                let made = plan(&shape, &cards(&[gib, gib * 0.7, gib * 0.3]), &options).unwrap();
+                assert_eq!(made.fits, made.shortfall.is_none());
+            }
+        }
+    }
+}

@@ -4,6 +4,9 @@
 //! `f(S) = min(M, Σ_{j∈S} a_j c_j)`. Sums of polymatroids have the sums of these functions (Edmonds 1970), so real
 //! amounts exist exactly if, for every set `S` of the three resources, the ranks' functions add up to the bytes
 //! that `S` needs. With caps that grow with the allowed times, each condition is a bound on those times.
+//!
+//! Activations of attention and of the MLP are never alive together, so each phase is a relaxation of its own; the
+//! one with more activations is used.
 
 use super::problem::Problem;
 
@@ -48,12 +51,11 @@ impl Conditions {
     /// The conditions for `offers`, with `attention_bytes` of attention still to be placed on those that take some.
     /// `None` where no real amounts exist at all.
     pub(super) fn new(problem: &Problem, offers: &[Offer], attention_bytes: f64) -> Option<Self> {
-        let rate = |line: &super::problem::Line| {
-            if line.read > 0.0 { line.bytes as f64 / line.read } else { 0.0 }
-        };
-        let (mlp_rate, head_rate) = (rate(&problem.mlp), rate(&problem.vocabulary));
-        let mlp_bytes = problem.mlp.units as f64 * problem.mlp.bytes as f64;
-        let head_bytes = problem.vocabulary.units as f64 * problem.vocabulary.bytes as f64;
+        let rate = |bytes: f64, read: f64| if read > 0.0 { bytes / read } else { 0.0 };
+        let (step, head_step) = (problem.bound_phase().mlp_step, problem.vocabulary.bytes as f64);
+        let (mlp_rate, head_rate) = (rate(step, problem.mlp.read), rate(head_step, problem.vocabulary.read));
+        let mlp_bytes = problem.mlp.units as f64 * step;
+        let head_bytes = problem.vocabulary.units as f64 * head_step;
         let alone = |rate: f64, bytes: f64, with: bool| {
             least(problem, offers, with, rate, bytes + if with { attention_bytes } else { 0.0 })
         };

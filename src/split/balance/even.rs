@@ -2,7 +2,7 @@
 
 use super::bounds::Times;
 use super::lines::{Lines, Steps, longest, steps_within};
-use super::problem::{Line, Problem, placed_before};
+use super::problem::{Line, Problem, Rank, placed_before};
 use super::search::Found;
 
 /// The least time in which `line` can be read, memory aside.
@@ -19,30 +19,49 @@ fn usable_limits(line: &Line, problem: &Problem) -> Vec<i64> {
     limits.map(|(limit, rank)| if rank.capacity < 0 { 0 } else { *limit }).collect()
 }
 
-/// Heads of every rank in proportion to its speed.
-pub(super) fn heads(problem: &Problem) -> Vec<usize> {
+/// Heads of every rank in proportion to `weight`.
+pub(super) fn heads(problem: &Problem, weight: impl Fn(&Rank) -> f64) -> Vec<usize> {
     let units = i64::try_from(problem.attention.units).unwrap_or(i64::MAX);
-    let limits: Vec<i64> = problem.ranks.iter().map(|r| if r.capacity < 0 { 0 } else { units }).collect();
-    spread(units, &limits, problem).into_iter().map(|x| usize::try_from(x).unwrap_or(0)).collect()
+    let weights: Vec<f64> = problem
+        .ranks
+        .iter()
+        .map(|r| if r.capacity < 0 { 0.0 } else { weight(r).max(f64::MIN_POSITIVE) })
+        .collect();
+    let limits: Vec<i64> = weights.iter().map(|weight| if *weight > 0.0 { units } else { 0 }).collect();
+    share_out(units, &limits, &weights).into_iter().map(|x| usize::try_from(x).unwrap_or(0)).collect()
+}
+
+/// `units` heads in proportion to the ranks' room, none above its limit.
+pub(super) fn heads_by_room(problem: &Problem, units: usize, limits: &[usize]) -> Vec<usize> {
+    let signed = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+    let limits: Vec<i64> = limits.iter().map(|limit| signed(*limit)).collect();
+    let rooms: Vec<f64> =
+        problem.ranks.iter().map(|rank| (rank.capacity as f64).max(f64::MIN_POSITIVE)).collect();
+    let shares = share_out(signed(units), &limits, &rooms);
+    shares.into_iter().map(|x| usize::try_from(x).unwrap_or(0)).collect()
 }
 
 /// `units` steps over the ranks, none above its limit, so that the last to finish finishes as early as can be, and
 /// the others as evenly as can be (ties to the lowest rank). Less than `units` where the limits do not allow more.
-#[allow(clippy::cast_possible_truncation)]
 pub(super) fn spread(units: i64, limits: &[i64], problem: &Problem) -> Vec<i64> {
-    let ranks = &problem.ranks;
+    let speeds: Vec<f64> = problem.ranks.iter().map(|rank| rank.speed).collect();
+    share_out(units, limits, &speeds)
+}
+
+#[allow(clippy::cast_possible_truncation)]
+fn share_out(units: i64, limits: &[i64], speeds: &[f64]) -> Vec<i64> {
     let mut shares = vec![0_i64; limits.len()];
     let mut open: Vec<usize> = (0..limits.len()).filter(|r| limits[*r] > 0).collect();
     let mut left = units;
     // Ranks whose limit is below their part take their limit; the others share the rest.
     while !open.is_empty() {
-        let speed: f64 = open.iter().map(|r| ranks[*r].speed).sum();
+        let speed: f64 = open.iter().map(|r| speeds[*r]).sum();
         let level = left as f64 / speed;
         let (full, rest): (Vec<usize>, Vec<usize>) =
-            open.iter().partition(|r| limits[**r] as f64 <= level * ranks[**r].speed);
+            open.iter().partition(|r| limits[**r] as f64 <= level * speeds[**r]);
         if full.is_empty() {
             for &r in &open {
-                shares[r] = ((level * ranks[r].speed) as i64).min(limits[r]);
+                shares[r] = ((level * speeds[r]) as i64).min(limits[r]);
             }
             break;
         }
@@ -54,7 +73,7 @@ pub(super) fn spread(units: i64, limits: &[i64], problem: &Problem) -> Vec<i64> 
     }
     let mut missing = units - shares.iter().sum::<i64>();
     while missing > 0 {
-        let next = |r: &usize| (shares[*r] + 1) as f64 / ranks[*r].speed;
+        let next = |r: &usize| (shares[*r] + 1) as f64 / speeds[*r];
         let earliest =
             (0..limits.len()).filter(|r| shares[*r] < limits[*r]).min_by(|a, b| next(a).total_cmp(&next(b)));
         let Some(rank) = earliest else { break };
@@ -80,7 +99,7 @@ pub(super) fn times(problem: &Problem, steps: &Steps) -> Times {
 
 /// Spreads MLP and vocabulary evenly below the times of the slowest ranks, where memory allows it.
 pub(super) fn even_out(problem: &Problem, found: &mut Found) {
-    let lines = Lines::new(problem, &found.heads, 0);
+    let lines = Lines::new(problem, &found.heads);
     let times = times(problem, &found.steps);
     found.times = times;
     let caps = |line: &Line, time: f64| -> Vec<i64> {

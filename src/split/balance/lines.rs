@@ -6,6 +6,14 @@ use super::problem::{Line, Problem, placed_before};
 /// Times are equal if they differ by less than this part of them.
 pub(super) const SAME: f64 = 1e-12;
 
+/// Most times of the MLP that are tried on either side of the bound's lowest point.
+const MOST_CANDIDATES: usize = 2048;
+
+/// Cells of a table that covers all steps.
+const SMALL_TABLE: i64 = 50_000;
+/// Steps that a rank moves by at most in tables of larger problems.
+const WINDOW: i64 = 6;
+
 /// Steps that a rank can do in `time`.
 #[allow(clippy::cast_possible_truncation)]
 pub(super) fn steps_within(time: f64, line: &Line, speed: f64) -> i64 {
@@ -39,12 +47,12 @@ struct Room {
 pub(super) struct Lines<'a> {
     problem: &'a Problem,
     rooms: Vec<Room>,
-    /// Cells that exact tables may still fill before only the quick answers are used.
-    pub(super) table_cells: u64,
+    /// Cells of tables that were filled.
+    pub(super) cells: u64,
 }
 
 impl<'a> Lines<'a> {
-    pub(super) fn new(problem: &'a Problem, heads: &[usize], table_cells: u64) -> Self {
+    pub(super) fn new(problem: &'a Problem, heads: &[usize]) -> Self {
         let attention = &problem.attention;
         let rooms = problem
             .ranks
@@ -61,7 +69,7 @@ impl<'a> Lines<'a> {
                 }
             })
             .collect();
-        Self { problem, rooms, table_cells }
+        Self { problem, rooms, cells: 0 }
     }
 
     /// The least times below `limit` (their sum), given lower bounds of them.
@@ -81,7 +89,8 @@ impl<'a> Lines<'a> {
         // The bound `mlp + head_from(mlp)` falls up to the corner and grows after it.
         let first = self.candidate_from(corner * (1.0 - SAME));
         let mut upward = first;
-        while let Some(mlp) = upward {
+        for _ in 0..MOST_CANDIDATES {
+            let Some(mlp) = upward else { break };
             if mlp + head_from(mlp) >= below * (1.0 - SAME) {
                 break;
             }
@@ -92,7 +101,8 @@ impl<'a> Lines<'a> {
             upward = self.candidate_after(mlp);
         }
         let mut downward = first.and_then(|first| self.candidate_before(first));
-        while let Some(mlp) = downward {
+        for _ in 0..MOST_CANDIDATES {
+            let Some(mlp) = downward else { break };
             if mlp < least_mlp * (1.0 - SAME) || mlp + head_from(mlp) >= below * (1.0 - SAME) {
                 break;
             }
@@ -238,7 +248,8 @@ impl<'a> Lines<'a> {
         let mlp = self.greedy(&most, &caps, &flat);
         let placed =
             |mlp: &[i64]| -> i64 { (0..mlp.len()).map(|r| self.most_vocabulary(r, mlp[r], caps[r])).sum() };
-        let mlp = if placed(&mlp) >= problem.vocabulary.units { mlp } else { self.table(&most, &caps)? };
+        let mlp =
+            if placed(&mlp) >= problem.vocabulary.units { mlp } else { self.table(&most, &caps, &mlp)? };
         Some(Steps { vocabulary: self.take_vocabulary(&mlp, &caps), mlp })
     }
 
@@ -321,39 +332,51 @@ impl<'a> Lines<'a> {
         mlp
     }
 
-    /// The exact answer: the most vocabulary for every number of MLP steps placed so far, rank after rank.
-    fn table(&mut self, most: &[i64], caps: &[i64]) -> Option<Vec<i64>> {
-        let units = usize::try_from(self.problem.mlp.units).ok()?;
-        let widest = usize::try_from(most.iter().copied().max()?.min(self.problem.mlp.units)).ok()?;
-        let cells = (most.len() as u64).saturating_mul(units as u64 + 1).saturating_mul(widest as u64 + 1);
-        // Without the table a split may be missed that differs from the found one by a step of vocabulary.
-        self.table_cells = self.table_cells.checked_sub(cells)?;
-        let mut reach: Vec<i64> = vec![-1; units + 1];
-        reach[0] = 0;
+    /// The most vocabulary of all MLP steps near these: for every number of steps placed so far, rank after rank.
+    ///
+    /// Exact where the table of all steps is small. On larger problems every rank moves by a few steps only, which
+    /// is where the remainders that vocabulary steps leave of each rank's room can be chosen.
+    fn table(&mut self, most: &[i64], caps: &[i64], near: &[i64]) -> Option<Vec<i64>> {
+        let units = self.problem.mlp.units;
+        let ranks = i64::try_from(most.len()).unwrap_or(i64::MAX);
+        let widest = most.iter().copied().max().unwrap_or(0).min(units);
+        let all = ranks.saturating_mul(units + 1).saturating_mul(widest + 1);
+        let reach = if all <= SMALL_TABLE { units } else { WINDOW };
+        let low: Vec<i64> = near.iter().map(|steps| (steps - reach).max(0)).collect();
+        let width = |rank: usize| usize::try_from((near[rank] + reach).min(most[rank]) - low[rank]);
+        let widths: Vec<usize> = (0..most.len()).map(width).collect::<Result<_, _>>().ok()?;
+        let target = usize::try_from(units - low.iter().sum::<i64>()).ok()?;
+        // Steps above `low` placed so far, up to the target.
+        let mut reached: Vec<i64> = vec![-1; target + 1];
+        reached[0] = 0;
         let mut choices: Vec<Vec<usize>> = Vec::with_capacity(most.len());
-        for (rank, (&most, &cap)) in most.iter().zip(caps).enumerate() {
-            let mut next = vec![-1; units + 1];
-            let mut choice = vec![0; units + 1];
-            for (placed, &vocabulary) in reach.iter().enumerate().filter(|(_, reached)| **reached >= 0) {
-                for (taken, slot) in (0..=most).zip(placed..=units) {
-                    let more = vocabulary + self.most_vocabulary(rank, taken, cap).max(0);
-                    if more > next[slot] {
-                        next[slot] = more;
-                        choice[slot] = slot - placed;
+        for (rank, &width) in widths.iter().enumerate() {
+            let gains: Vec<i64> = (low[rank]..)
+                .take(width + 1)
+                .map(|steps| self.most_vocabulary(rank, steps, caps[rank]).max(0))
+                .collect();
+            let mut next = vec![-1; target + 1];
+            let mut choice = vec![0; target + 1];
+            for (placed, &vocabulary) in reached.iter().enumerate().filter(|(_, reached)| **reached >= 0) {
+                for (taken, gain) in gains.iter().enumerate().take(target - placed + 1) {
+                    if vocabulary + gain > next[placed + taken] {
+                        next[placed + taken] = vocabulary + gain;
+                        choice[placed + taken] = taken;
                     }
                 }
             }
-            reach = next;
+            self.cells += ((target + 1) * (width + 1)) as u64;
+            reached = next;
             choices.push(choice);
         }
-        if reach[units] < self.problem.vocabulary.units {
+        if reached[target] < self.problem.vocabulary.units {
             return None;
         }
-        let mut mlp = vec![0; most.len()];
-        let mut slot = units;
+        let mut mlp = low;
+        let mut left = target;
         for (rank, choice) in choices.iter().enumerate().rev() {
-            mlp[rank] = i64::try_from(choice[slot]).ok()?;
-            slot -= choice[slot];
+            mlp[rank] += i64::try_from(choice[left]).ok()?;
+            left -= choice[left];
         }
         Some(mlp)
     }

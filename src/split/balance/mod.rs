@@ -40,8 +40,9 @@ pub struct Balanced {
 
 /// The fastest split of `workload` over `budgets`, or `None` where none fits.
 ///
-/// Optimal where the search ends within its bound of looked-at choices, which every case small enough to enumerate
-/// does; the best that was found otherwise.
+/// Optimal where the search ends within its bound of work, which every case small enough to enumerate does; the best
+/// that was found otherwise. `None` is certain in the same cases; on larger ones a split may be missed that would use
+/// every rank's memory to the last step.
 #[must_use]
 pub fn balance(workload: &Workload, budgets: &[RankBudget], options: &Options) -> Option<Balanced> {
     solve(workload, budgets, options, &FixedSteps::default(), 0, None)

@@ -115,7 +115,7 @@ impl Problem {
         fixed: &FixedSteps,
         extra: u64,
     ) -> Self {
-        let (attention, attention_size) = attention(workload, options, fixed);
+        let (attention, attention_size, kv_heads_per_unit) = attention(workload, options, fixed);
         let (mlp_unit, mlp_axis) = match workload.experts {
             Some(experts) => (MlpUnit::Experts, Axis { total: experts, grid: 1, step: 1 }),
             None => (MlpUnit::Columns, steps_of(workload.intermediate, fixed.mlp.as_ref())),
@@ -142,8 +142,31 @@ impl Problem {
             mlp_unit,
             vocabulary,
             mlp_activation: signed(activation),
-            kv_heads_per_unit: steps_of(workload.kv_heads, fixed.kv_heads.as_ref()).step,
+            kv_heads_per_unit,
             unit_sizes: [attention_size, mlp_axis.step, vocabulary_axis.step],
+        }
+    }
+}
+
+/// The phase in which a relaxation looks at the ranks' memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct BoundPhase {
+    /// Bytes of an MLP step, its activations included where the MLP runs.
+    pub(super) mlp_step: f64,
+    /// Activations of an attention unit, where attention runs.
+    pub(super) attention_activation: i64,
+}
+
+impl Problem {
+    /// The phase with more activations in all.
+    pub(super) fn bound_phase(&self) -> BoundPhase {
+        let attention = self.attention.activation as f64 * self.attention.units as f64;
+        let mlp = self.mlp_activation as f64 * self.mlp.units as f64;
+        let step = self.mlp.bytes as f64;
+        if mlp >= attention {
+            BoundPhase { mlp_step: step + self.mlp_activation as f64, attention_activation: 0 }
+        } else {
+            BoundPhase { mlp_step: step, attention_activation: self.attention.activation }
         }
     }
 }
@@ -164,10 +187,27 @@ fn steps_of(axis: Axis, fixed: Option<&Vec<u64>>) -> Axis {
     if fixed.is_some() { Axis { step: axis.grid, ..axis } } else { axis }
 }
 
-fn attention(workload: &Workload, options: &Options, fixed: &FixedSteps) -> (Attention, u64) {
-    let heads = steps_of(workload.kv_heads, fixed.kv_heads.as_ref());
+/// Most units of attention that the search tells apart. Its tables grow with their square; no known model has more
+/// than a few hundred heads, but a configuration can claim any number.
+const MOST_UNITS: u64 = 1024;
+
+/// The axis in at most [`MOST_UNITS`] steps, unless the caller fixed its cuts.
+fn bounded(axis: Axis, fixed: bool) -> Axis {
+    if fixed || axis.steps() <= MOST_UNITS {
+        axis
+    } else {
+        Axis::new(axis.total, axis.total.div_ceil(MOST_UNITS), 1)
+    }
+}
+
+fn attention(workload: &Workload, options: &Options, fixed: &FixedSteps) -> (Attention, u64, u64) {
+    let heads = bounded(steps_of(workload.kv_heads, fixed.kv_heads.as_ref()), fixed.kv_heads.is_some());
     let group = workload.query_heads_per_kv_head;
-    let share = options.duplicate_kv && fixed.kv_heads.is_none() && heads.step == 1 && group > 1;
+    let share = workload.query_heads() / workload.query_head_step.max(1) <= MOST_UNITS
+        && options.duplicate_kv
+        && fixed.kv_heads.is_none()
+        && heads.step == 1
+        && group > 1;
     // Query heads of a unit.
     let size = if share { workload.query_head_step } else { heads.step * group };
     let units_per_head = if share { group / size } else { 1 };
@@ -210,7 +250,7 @@ fn attention(workload: &Workload, options: &Options, fixed: &FixedSteps) -> (Att
         fixed: fixed.kv_heads.as_ref().map(to_units),
         bytes_per_unit: if bytes_per_unit.is_finite() { bytes_per_unit } else { 0.0 },
     };
-    (attention, size.max(1))
+    (attention, size.max(1), heads.step)
 }
 
 /// The MLP's line, and the bytes that every rank keeps in reserve because MLPs of other widths are cut to the

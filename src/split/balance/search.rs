@@ -9,10 +9,13 @@ use super::problem::{Problem, placed_before};
 /// small enough to enumerate stay far below; on large ones the first choices are within a fraction of a percent of
 /// the bound.
 const MOST_WORK: u64 = 24_000;
-/// The same where no split is known yet: a plan that exists must be found.
-const MOST_WORK_WITHOUT_ANSWER: u64 = 16_000_000;
-/// Cells of exact tables, over the whole search: for the fastest split, and for any split.
-const MOST_TABLE_CELLS: [u64; 2] = [400_000, 40_000_000];
+/// The same where no split is known yet: a plan that exists must be found. What is left out after so many choices
+/// could only be a split that uses the memory to the last step of every rank.
+const MOST_WORK_WITHOUT_ANSWER: u64 = 60_000;
+/// Work of solving MLP and vocabulary once, in ranks looked at, for each rank.
+const LEAF_WORK: u64 = 8;
+/// Cells of a table that are as much work as looking at one rank.
+const CELLS_PER_WORK: u64 = 50;
 
 /// A split in the solver's units, with its three times.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,8 +50,7 @@ struct Search<'a> {
     /// Sum of times that the next split must stay below.
     below: f64,
     work: u64,
-    table_cells: u64,
-    /// Heads of every rank if memory did not matter, tried first.
+    /// Heads of every rank that are tried first: by speed, or by room where any split will do.
     wanted: Vec<usize>,
 }
 
@@ -77,13 +79,21 @@ pub(super) fn search(problem: &Problem, goal: Goal, known: Option<Found>) -> Opt
         below: known.as_ref().map_or(f64::INFINITY, Found::time),
         best: known,
         work: 0,
-        table_cells: MOST_TABLE_CELLS[usize::from(goal == Goal::Any)],
-        wanted: even::heads(problem),
+        wanted: match goal {
+            Goal::Fastest => even::heads(problem, |rank| rank.speed),
+            Goal::Any => even::heads(problem, |rank| rank.capacity as f64),
+        },
     };
     match (&problem.attention.fixed, goal) {
         (Some(fixed), _) => search.try_fixed(fixed),
-        (None, Goal::Any) => search.explore(f64::INFINITY, -1.0),
-        (None, Goal::Fastest) => search.by_levels(),
+        (None, Goal::Any) => {
+            search.start();
+            search.explore(f64::INFINITY, -1.0);
+        }
+        (None, Goal::Fastest) => {
+            search.start();
+            search.by_levels();
+        }
     }
     let mut found = search.best?;
     even::even_out(problem, &mut found);
@@ -102,7 +112,7 @@ pub(super) fn checked(problem: &Problem, heads: &[u64], mlp: &[u64], vocabulary:
     if !complete {
         return None;
     }
-    let lines = Lines::new(problem, &heads, 0);
+    let lines = Lines::new(problem, &heads);
     let idle = |rank: usize| heads[rank] == 0 && steps.mlp[rank] == 0 && steps.vocabulary[rank] == 0;
     let fits = (0..heads.len()).all(|r| {
         if problem.ranks[r].capacity < 0 {
@@ -117,6 +127,28 @@ pub(super) fn checked(problem: &Problem, heads: &[u64], mlp: &[u64], vocabulary:
 }
 
 impl Search<'_> {
+    /// Whole heads on the roomiest ranks only, from one of them to all, in proportion to their room.
+    ///
+    /// Where every rank with heads pays something once (latents, norms), few such ranks leave the most memory, and
+    /// the search by rank would meet that choice late.
+    fn start(&mut self) {
+        let group = self.problem.attention.units_per_head;
+        let mut order: Vec<usize> = (0..self.problem.ranks.len()).collect();
+        order.sort_by_key(|rank| std::cmp::Reverse(self.problem.ranks[*rank].capacity));
+        let whole = |rank: usize| self.most_heads(rank, 0, f64::INFINITY) / group;
+        let most: Vec<usize> = (0..order.len()).map(whole).collect();
+        for count in 1..=order.len() {
+            let mut limits = vec![0; order.len()];
+            for rank in &order[..count] {
+                limits[*rank] = most[*rank];
+            }
+            let heads = even::heads_by_room(self.problem, self.problem.attention.units / group, &limits);
+            if heads.iter().sum::<usize>() * group == self.problem.attention.units {
+                self.try_fixed(&heads.iter().map(|heads| heads * group).collect::<Vec<_>>());
+            }
+        }
+    }
+
     fn try_fixed(&mut self, heads: &[usize]) {
         let time = even::attention_time(self.problem, heads);
         let affordable = |rank: usize, x: usize| x <= self.most_heads(rank, 0, f64::INFINITY);
@@ -192,12 +224,16 @@ impl Search<'_> {
         low
     }
 
+    fn bytes_per_unit(&self) -> f64 {
+        self.problem.attention.bytes_per_unit + self.problem.bound_phase().attention_activation as f64
+    }
+
     fn attention_bytes(&self, placed: usize) -> f64 {
-        (self.problem.attention.units - placed) as f64 * self.problem.attention.bytes_per_unit
+        (self.problem.attention.units - placed) as f64 * self.bytes_per_unit()
     }
 
     fn offers(&self, most: &[Vec<usize>]) -> Vec<Offer> {
-        let per_unit = self.problem.attention.bytes_per_unit;
+        let per_unit = self.bytes_per_unit();
         let ranks = self.problem.ranks.iter().zip(most);
         ranks
             .map(|(rank, most)| Offer {
@@ -213,7 +249,8 @@ impl Search<'_> {
     }
 
     fn decided(&self, capacity: i64, placed: usize, x: usize) -> Offer {
-        let room = capacity.max(0) - self.problem.attention.bytes(placed, x);
+        let alive = self.problem.bound_phase().attention_activation * i64::try_from(x).unwrap_or(0);
+        let room = capacity.max(0) - self.problem.attention.bytes(placed, x) - alive;
         Offer { room: room.max(0) as f64, attention: 0.0 }
     }
 
@@ -237,9 +274,13 @@ impl Search<'_> {
         let mut table = vec![vec![false; units + 1]; most.len() + 1];
         table[most.len()][units] = true;
         for rank in (0..most.len()).rev() {
-            for placed in 0..=units {
-                let most = most[rank][placed % most[rank].len()].min(units - placed);
-                table[rank][placed] = (0..=most).any(|x| table[rank + 1][placed + x]);
+            // The nearest place at or after the current one from which the later ranks can go on.
+            let mut nearest = usize::MAX;
+            for placed in (0..=units).rev() {
+                if table[rank + 1][placed] {
+                    nearest = placed;
+                }
+                table[rank][placed] = nearest <= placed + most[rank][placed % most[rank].len()];
             }
         }
         table
@@ -311,7 +352,7 @@ impl Search<'_> {
     }
 
     fn leaf(&mut self, heads: &[usize], attention: f64, conditions: &Conditions) {
-        let mut lines = Lines::new(self.problem, heads, self.table_cells);
+        let mut lines = Lines::new(self.problem, heads);
         let found = match self.goal {
             Goal::Fastest => lines.minimise(conditions, self.floor, self.below - attention),
             Goal::Any => {
@@ -319,7 +360,7 @@ impl Search<'_> {
                 lines.fit(mlp, vocabulary).map(|steps| (self.floor, steps))
             }
         };
-        self.table_cells = lines.table_cells;
+        self.work += heads.len() as u64 * LEAF_WORK + lines.cells / CELLS_PER_WORK;
         if let Some((times, steps)) = found {
             let found = Found { heads: heads.to_vec(), steps, attention, times };
             self.below = found.time();
