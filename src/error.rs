@@ -118,6 +118,32 @@ pub enum Error {
         remedy: String,
     },
 
+    /// Ranks did not come to a collective call in time. The communicator is broken from then on.
+    #[error(
+        "{operation} on rank {rank}: ranks {missing:?} did not come within {seconds} s; every rank has to make \
+         the same calls in the same order: find out what kept them, then make a new communicator, with a \
+         longer timeout if they were only slow"
+    )]
+    CollectiveTimeout {
+        /// The call that waited.
+        operation: &'static str,
+        /// The rank that waited.
+        rank: usize,
+        /// The ranks that had not come.
+        missing: Vec<usize>,
+        /// How long was waited, in seconds.
+        seconds: f64,
+    },
+
+    /// The communicator was stopped: by a call of `abort`, by an interrupt, or by a timeout in an earlier call.
+    #[error("{operation}: the communicator was stopped: {reason}; make a new communicator")]
+    Aborted {
+        /// The call that was waiting, or that came later.
+        operation: &'static str,
+        /// Who stopped it and why.
+        reason: String,
+    },
+
     /// The CUDA driver refused a call.
     #[error("{call} failed on {device}: {name} ({code}): {remedy}")]
     Driver {
@@ -149,6 +175,10 @@ pub enum Kind {
     File,
     /// A device or its driver failed (`tp_rs.CudaError`).
     Device,
+    /// A rank did not come in time (`tp_rs.CollectiveTimeout`).
+    Timeout,
+    /// The communicator was stopped (`tp_rs.TPError`).
+    Aborted,
 }
 
 impl Error {
@@ -168,6 +198,8 @@ impl Error {
             | Self::UnknownArchitecture { .. }
             | Self::Contradiction { .. } => Kind::Model,
             Self::Driver { .. } => Kind::Device,
+            Self::CollectiveTimeout { .. } => Kind::Timeout,
+            Self::Aborted { .. } => Kind::Aborted,
         }
     }
 

@@ -2,6 +2,9 @@
 
 #[cfg(feature = "cuda")]
 mod driver;
+mod place;
+
+pub use place::{Device, Stream};
 
 use serde::{Deserialize, Serialize};
 

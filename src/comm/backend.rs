@@ -1,0 +1,31 @@
+//! What a kind of device does for the communicator.
+
+use super::operation::{Operation, Pair};
+use crate::device::Stream;
+use crate::error::Result;
+
+/// One kind of memory and the way ranks on it meet.
+///
+/// # Safety of the methods
+/// Tensors' memory is valid, and nobody else touches it, until the work is done: when the call returns on host
+/// memory, in the order of the streams on devices.
+pub(crate) trait Backend: Send + Sync {
+    /// Does a checked operation for all ranks at once. `streams` has one entry a rank.
+    ///
+    /// # Safety
+    /// See the trait; and the operation has passed `check::together`.
+    unsafe fn list(&self, operation: &Operation<'_>, pairs: &[Pair], streams: &[Stream]) -> Result<()>;
+
+    /// Does one rank's part of an operation in which the ranks meet. Checks it, together with what the other
+    /// ranks bring, before anything is touched.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn rank(&self, rank: usize, operation: Operation<'_>, pair: Pair, stream: Stream) -> Result<()>;
+
+    /// Fails if the communicator was stopped.
+    fn check(&self, operation: &'static str) -> Result<()>;
+
+    /// Stops the communicator and wakes whoever waits.
+    fn stop(&self, reason: String);
+}
