@@ -77,12 +77,14 @@ impl std::fmt::Display for DType {
 
 /// The value of a bfloat16.
 #[must_use]
+#[inline]
 pub fn bf16_to_f32(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
 /// The nearest bfloat16.
 #[must_use]
+#[inline]
 #[allow(clippy::cast_possible_truncation)] // Both arms are below 2^16.
 pub fn bf16_from_f32(value: f32) -> u16 {
     let bits = value.to_bits();
@@ -92,83 +94,123 @@ pub fn bf16_from_f32(value: f32) -> u16 {
     (if value.is_nan() { quiet } else { nearest }) as u16
 }
 
-/// A float of 8 bits: its exponent's bias, and how many bits its mantissa has.
-struct Format8 {
-    bias: i16,
-    mantissa_bits: u32,
-    /// Magnitudes from here on (as a float32's bits) become `overflow`.
-    overflow_from: f32,
-    overflow: u32,
-}
-
-const E4M3: Format8 = Format8 { bias: 7, mantissa_bits: 3, overflow_from: 480.0, overflow: 0x7f };
-const E5M2: Format8 = Format8 { bias: 15, mantissa_bits: 2, overflow_from: 65536.0, overflow: 0x7c };
-
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Every result is below 2^8, every exponent positive.
-fn narrow(value: f32, format: &Format8) -> u8 {
-    let bits = value.to_bits();
-    let sign = (bits >> 24) & 0x80;
-    let magnitude = bits & 0x7fff_ffff;
-    let power_of_two = |exponent: i16| f32::from_bits(((exponent + 127) as u32) << 23);
-    let dropped = 23 - format.mantissa_bits;
-    let rounded = if value.is_nan() {
-        0x7f
-    } else if magnitude >= format.overflow_from.to_bits() {
-        format.overflow
-    } else if magnitude < power_of_two(1 - format.bias).to_bits() {
-        // Beside this addend a float32's last place is the format's smallest subnormal: the addition rounds.
-        let addend = power_of_two(1 - format.bias + dropped as i16);
-        (f32::from_bits(magnitude) + addend).to_bits() - addend.to_bits()
-    } else {
-        let odd = (magnitude >> dropped) & 1;
-        let rebased = magnitude - (((127 - format.bias) as u32) << 23);
-        (rebased + (1 << (dropped - 1)) - 1 + odd) >> dropped
-    };
-    (sign | rounded) as u8
-}
-
-/// The nearest `float8_e4m3fn`. Above 464, half way to what would be 480, there is only NaN.
+/// The value of a float16.
 #[must_use]
-pub fn e4m3_from_f32(value: f32) -> u8 {
-    narrow(value, &E4M3)
+#[inline]
+pub fn f16_to_f32(bits: u16) -> f32 {
+    let bits = u32::from(bits);
+    F16.widen(bits & 0x7fff, (bits & 0x8000) << 16)
 }
 
-/// The nearest `float8_e5m2`. From 61440 on, half way to what would be 65536, that is infinity.
+/// The nearest float16. From 65520 on, half way to what would be 65536, that is infinity.
 #[must_use]
-pub fn e5m2_from_f32(value: f32) -> u8 {
-    narrow(value, &E5M2)
+#[inline]
+#[allow(clippy::cast_possible_truncation)] // 15 bits and the sign.
+pub fn f16_from_f32(value: f32) -> u16 {
+    (F16.narrow(value) | ((value.to_bits() >> 16) & 0x8000)) as u16
 }
 
 /// The value of a `float8_e4m3fn`.
 #[must_use]
+#[inline]
 pub fn e4m3_to_f32(bits: u8) -> f32 {
-    E4M3_VALUES[usize::from(bits)]
+    let bits = u32::from(bits);
+    E4M3.widen(bits & 0x7f, (bits & 0x80) << 24)
 }
 
-/// The value of a `float8_e5m2`: it is a float16 without its lower byte.
+/// The nearest `float8_e4m3fn`. Above 464, half way to what would be 480, there is only NaN.
 #[must_use]
-pub fn e5m2_to_f32(bits: u8) -> f32 {
-    half::f16::from_bits(u16::from(bits) << 8).to_f32()
+#[inline]
+#[allow(clippy::cast_possible_truncation)] // 7 bits and the sign.
+pub fn e4m3_from_f32(value: f32) -> u8 {
+    (E4M3.narrow(value) | ((value.to_bits() >> 24) & 0x80)) as u8
 }
 
-static E4M3_VALUES: [f32; 256] = {
-    let mut values = [0.0; 256];
-    let mut bits = 0;
-    while bits < 256_u16 {
-        let (exponent, mantissa) = ((bits >> 3) & 15, bits & 7);
-        let magnitude = if exponent == 15 && mantissa == 7 {
-            f32::NAN
-        } else if exponent == 0 {
-            mantissa as f32 / 512.0
-        } else {
-            // 2^(exponent - 7) from its bits, times 1.mantissa.
-            f32::from_bits((exponent as u32 + 120) << 23) * (1.0 + mantissa as f32 / 8.0)
-        };
-        values[bits as usize] = if bits >= 128 { -magnitude } else { magnitude };
-        bits += 1;
-    }
-    values
+/// The value of a `float8_e5m2`.
+#[must_use]
+#[inline]
+pub fn e5m2_to_f32(bits: u8) -> f32 {
+    let bits = u32::from(bits);
+    E5M2.widen(bits & 0x7f, (bits & 0x80) << 24)
+}
+
+/// The nearest `float8_e5m2`. From 61440 on, half way to what would be 65536, that is infinity.
+#[must_use]
+#[inline]
+#[allow(clippy::cast_possible_truncation)] // 7 bits and the sign.
+pub fn e5m2_from_f32(value: f32) -> u8 {
+    (E5M2.narrow(value) | ((value.to_bits() >> 24) & 0x80)) as u8
+}
+
+/// A narrow float format. Its conversions choose between results instead of branching, so that loops over them
+/// become vector instructions; and they meet no subnormal float32, which a thread may have set to be flushed.
+struct Format {
+    bias: u32,
+    mantissa_bits: u32,
+    /// Magnitudes from here on become `overflow`.
+    overflow_from: f32,
+    overflow: u32,
+    nan: u32,
+    /// Magnitudes from here on are no finite number.
+    special_from: u32,
+}
+
+const F16: Format = Format {
+    bias: 15,
+    mantissa_bits: 10,
+    overflow_from: 65536.0,
+    overflow: 0x7c00,
+    nan: 0x7e00,
+    special_from: 0x7c00,
 };
+const E4M3: Format = Format {
+    bias: 7,
+    mantissa_bits: 3,
+    overflow_from: 480.0,
+    overflow: 0x7f,
+    nan: 0x7f,
+    special_from: 0x7f,
+};
+const E5M2: Format = Format {
+    bias: 15,
+    mantissa_bits: 2,
+    overflow_from: 65536.0,
+    overflow: 0x7c,
+    nan: 0x7f,
+    special_from: 0x7c,
+};
+
+impl Format {
+    /// The value of a magnitude, given the sign at its place in a float32.
+    #[inline]
+    fn widen(&self, magnitude: u32, sign: u32) -> f32 {
+        let shifted = magnitude << (23 - self.mantissa_bits);
+        let normal = shifted + ((127 - self.bias) << 23);
+        // As the mantissa of the smallest normal number, less that number.
+        let subnormal = f32::from_bits(shifted + ((128 - self.bias) << 23))
+            - f32::from_bits((128 - self.bias) << 23);
+        // The mantissa stays: zero is an infinity, all else a NaN.
+        let special = shifted | (0xff << 23);
+        let finite = if magnitude >> self.mantissa_bits == 0 { subnormal.to_bits() } else { normal };
+        f32::from_bits(sign | if magnitude >= self.special_from { special } else { finite })
+    }
+
+    /// The nearest magnitude.
+    #[inline]
+    fn narrow(&self, value: f32) -> u32 {
+        let magnitude = value.to_bits() & 0x7fff_ffff;
+        let dropped = 23 - self.mantissa_bits;
+        // Beside this addend a float32's last place is the format's smallest subnormal: the addition rounds.
+        let addend = f32::from_bits((128 - self.bias + dropped) << 23);
+        let subnormal = (f32::from_bits(magnitude) + addend).to_bits().wrapping_sub(addend.to_bits());
+        let odd = (magnitude >> dropped) & 1;
+        let rebased = magnitude.wrapping_sub((127 - self.bias) << 23);
+        let normal = rebased.wrapping_add((1 << (dropped - 1)) - 1 + odd) >> dropped;
+        let finite = if magnitude < (128 - self.bias) << 23 { subnormal } else { normal };
+        let number = if magnitude >= self.overflow_from.to_bits() { self.overflow } else { finite };
+        if magnitude > 0x7f80_0000 { self.nan } else { number }
+    }
+}
 
 #[cfg(test)]
 #[path = "dtype_tests.rs"]

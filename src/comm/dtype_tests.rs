@@ -33,7 +33,7 @@ fn conversions_are_torchs_on_recorded_patterns() {
         fnv(values.iter().flat_map(|value| bf16_from_f32(*value).to_le_bytes())),
         0x7a58_e36d_cda4_21db
     );
-    let halves = values.iter().flat_map(|value| half::f16::from_f32(*value).to_bits().to_le_bytes());
+    let halves = values.iter().flat_map(|value| f16_from_f32(*value).to_le_bytes());
     assert_eq!(fnv(halves), 0xeee2_1e02_d8d5_6bf9);
 }
 
@@ -104,6 +104,19 @@ fn nearest(value: f32, mantissa_bits: u32, bias: i32, infinite: bool) -> u8 {
         distance(*a).total_cmp(&distance(*b)).then_with(|| (left & 1).cmp(&(right & 1)))
     });
     best.map_or(0, |(bits, _)| bits) | if value.is_sign_negative() { 0x80 } else { 0 }
+}
+
+/// Against the crate `half`, an implementation of its own, in both directions.
+#[test]
+fn float16_is_halfs() {
+    for bits in 0..=u16::MAX {
+        let (got, wanted) = (f16_to_f32(bits), half::f16::from_bits(bits).to_f32());
+        assert!(got.to_bits() == wanted.to_bits() || got.is_nan() && wanted.is_nan(), "{bits:#x}");
+        assert!(got.is_nan() || f16_from_f32(got) == bits, "{bits:#x}");
+    }
+    for value in patterns() {
+        assert_eq!(f16_from_f32(value), half::f16::from_f32(value).to_bits(), "{value}");
+    }
 }
 
 proptest! {

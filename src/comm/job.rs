@@ -9,8 +9,8 @@ use super::dtype::DType;
 use super::operation::{Layout, Operation, Pair};
 use super::view::Tensor;
 
-/// Elements of a block: four inputs, their float32 sums and one converted input fill half of a level-one cache.
-pub(crate) const BLOCK: usize = 1024;
+/// Elements of a block: enough to make what a block costs beside its bytes small.
+pub(crate) const BLOCK: usize = 4096;
 
 /// A column range of a tensor: the address of its first element and the bytes from row to row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,13 +58,14 @@ impl Job {
         // Rows that follow each other without gaps in every tensor are one long line.
         let joined = all().all(|(tensor, _)| tensor.is_dense() && tensor.columns == width);
         let (lines, width) = if joined { (1, shape.rows * width) } else { (shape.rows, width) };
-        (lines * width > 0).then(|| Self {
-            dtype: shape.dtype,
-            lines,
-            width,
-            inputs: strips(tensors),
-            outputs: strips(outputs),
-        })
+        let inputs: Vec<_> = strips(tensors);
+        let mut outputs: Vec<_> = strips(outputs);
+        if let [only] = inputs.as_slice() {
+            // What is its own copy needs none.
+            outputs.retain(|output| output != only);
+        }
+        let moves = lines * width > 0 && !inputs.is_empty() && !outputs.is_empty();
+        moves.then_some(Self { dtype: shape.dtype, lines, width, inputs, outputs })
     }
 
     /// Bytes read and written.
@@ -100,8 +101,7 @@ pub(crate) fn jobs(operation: &Operation<'_>, pairs: &[Pair]) -> Vec<Job> {
         }
         Operation::Broadcast { root } => {
             let Some(source) = pairs.get(*root).and_then(Pair::gives) else { return Vec::new() };
-            let outputs: Vec<_> = outputs().into_iter().filter(|(target, _)| *target != source).collect();
-            Job::new(&[(source, 0)], &outputs, source.columns).into_iter().collect()
+            Job::new(&[(source, 0)], &outputs(), source.columns).into_iter().collect()
         }
         Operation::Gather { root, layout } => {
             let target = pairs.get(*root).and_then(Pair::gets);

@@ -17,8 +17,8 @@ use crate::error::{Error, Result};
 
 /// How often a sleeping rank looks whether it was interrupted.
 const POLL_EVERY: Duration = Duration::from_millis(50);
-/// Looks before the first yield, where every rank has a core: some 20 microseconds.
-const SPINS: u32 = 2000;
+/// Looks before the first yield, where every rank has a core: a few microseconds.
+const SPINS: u32 = 200;
 /// Yields before sleeping.
 const YIELDS: u32 = 50;
 
