@@ -35,7 +35,8 @@ fn plain_sum(arrays: &mut [Vec<f32>], threads: usize) {
         return add(a, b, c, d);
     }
     std::thread::scope(|scope| {
-        let parts = a.chunks_mut(part).zip(b.chunks_mut(part)).zip(c.chunks_mut(part)).zip(d.chunks_mut(part));
+        let parts =
+            a.chunks_mut(part).zip(b.chunks_mut(part)).zip(c.chunks_mut(part)).zip(d.chunks_mut(part));
         for (((a, b), c), d) in parts {
             scope.spawn(move || add(a, b, c, d));
         }
@@ -84,7 +85,8 @@ fn all_reduce(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::new("a thread a rank", format!("{kib} KiB")), |bencher| {
             bencher.iter_custom(|rounds| {
                 // SAFETY: as above; every rank passes a tensor of its own.
-                let call = |rank: usize| check(unsafe { comm.rank_all_reduce(rank, &tensors[rank], Stream(0)) });
+                let call =
+                    |rank: usize| check(unsafe { comm.rank_all_reduce(rank, &tensors[rank], Stream(0)) });
                 on_threads(RANKS, rounds, call)
             });
         });

@@ -214,8 +214,7 @@ impl Call<'_> {
             Operation::AllGather { layout } => {
                 let rows = self.parts(layout)?;
                 let why = format!("the columns of all ranks ({layout}) for as many rows as their parts have");
-                let targets = (0..self.pairs.len()).filter(|&index| self.pairs[index].gets().is_some());
-                targets.map(|index| self.shape(index, "output", (rows, layout.total()), &why)).collect()
+                self.every_output((rows, layout.total()), &why)
             }
             Operation::ReduceScatter { layout } => self.reduce_scatter(layout),
             Operation::AddResidual { layout } => self.add_residual(layout),
@@ -240,8 +239,12 @@ impl Call<'_> {
         let source = self.pairs.get(root).and_then(|pair| pair.input);
         let shape = source.map_or((0, 0), |source| (source.rows, source.columns));
         let why = format!("as {}", self.whose(root, "input"));
-        let targets = (0..self.pairs.len()).filter(|&index| self.pairs[index].gets().is_some());
-        targets.map(|index| self.shape(index, "output", shape, &why)).collect()
+        self.every_output(shape, &why)
+    }
+
+    fn every_output(&self, shape: (usize, usize), why: &str) -> Check {
+        let mut outputs = self.present().filter(|(_, role, _)| *role == "output");
+        outputs.try_for_each(|(index, role, _)| self.shape(index, role, shape, why))
     }
 
     /// Checks every rank's part of a gathered tensor and returns their rows.

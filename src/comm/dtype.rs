@@ -163,14 +163,8 @@ const F16: Format = Format {
     nan: 0x7e00,
     special_from: 0x7c00,
 };
-const E4M3: Format = Format {
-    bias: 7,
-    mantissa_bits: 3,
-    overflow_from: 480.0,
-    overflow: 0x7f,
-    nan: 0x7f,
-    special_from: 0x7f,
-};
+const E4M3: Format =
+    Format { bias: 7, mantissa_bits: 3, overflow_from: 480.0, overflow: 0x7f, nan: 0x7f, special_from: 0x7f };
 const E5M2: Format = Format {
     bias: 15,
     mantissa_bits: 2,
@@ -187,8 +181,8 @@ impl Format {
         let shifted = magnitude << (23 - self.mantissa_bits);
         let normal = shifted + ((127 - self.bias) << 23);
         // As the mantissa of the smallest normal number, less that number.
-        let subnormal = f32::from_bits(shifted + ((128 - self.bias) << 23))
-            - f32::from_bits((128 - self.bias) << 23);
+        let subnormal =
+            f32::from_bits(shifted + ((128 - self.bias) << 23)) - f32::from_bits((128 - self.bias) << 23);
         // The mantissa stays: zero is an infinity, all else a NaN.
         let special = shifted | (0xff << 23);
         let finite = if magnitude >> self.mantissa_bits == 0 { subnormal.to_bits() } else { normal };

@@ -46,14 +46,14 @@ fn float8_is_torchs_on_every_bfloat16() {
 }
 
 /// What the bits mean by the formats' definition, in float64.
-fn meaning(bits: u8, mantissa_bits: u32, bias: i32, infinite: bool) -> f64 {
+fn meaning(bits: u8, mantissa_bits: u32, offset: i32, infinite: bool) -> f64 {
     let magnitude = bits & 0x7f;
     let (exponent, mantissa) =
         (i32::from(magnitude >> mantissa_bits), magnitude & ((1 << mantissa_bits) - 1));
     let fraction = f64::from(mantissa) / f64::from(1 << mantissa_bits);
     let top = 0x7f_i32 >> mantissa_bits;
     let value = match exponent {
-        0 => fraction * 2_f64.powi(1 - bias),
+        0 => fraction * 2_f64.powi(1 - offset),
         _ if infinite && exponent == top => {
             if mantissa == 0 {
                 f64::INFINITY
@@ -62,7 +62,7 @@ fn meaning(bits: u8, mantissa_bits: u32, bias: i32, infinite: bool) -> f64 {
             }
         }
         _ if !infinite && magnitude == 0x7f => f64::NAN,
-        _ => (1.0 + fraction) * 2_f64.powi(exponent - bias),
+        _ => (1.0 + fraction) * 2_f64.powi(exponent - offset),
     };
     if bits & 0x80 == 0 { value } else { -value }
 }

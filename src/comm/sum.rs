@@ -4,6 +4,9 @@
 //! rounded once at the end. A few elements at a time are summed in registers and written to every output, so
 //! that memory is read once and written once.
 
+// What is not inlined into a function compiled for wide registers is compiled for narrow ones.
+#![allow(clippy::inline_always)]
+
 use std::ops::AddAssign;
 use std::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 
@@ -125,7 +128,8 @@ unsafe fn sum_blocks<T: Element>(job: &Job, part: usize, parts: usize) {
         inputs.clear();
         inputs.extend(job.inputs.iter().map(|strip| with_exposed_provenance::<T>(strip.at(block, size))));
         outputs.clear();
-        outputs.extend(job.outputs.iter().map(|strip| with_exposed_provenance_mut::<T>(strip.at(block, size))));
+        outputs
+            .extend(job.outputs.iter().map(|strip| with_exposed_provenance_mut::<T>(strip.at(block, size))));
         let Some((first, others)) = inputs.split_first() else { return };
         let whole = block.len - block.len % LANES;
         // SAFETY: the stretches lie inside checked tensors, aligned to their elements and initialised. Only

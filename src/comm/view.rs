@@ -60,7 +60,7 @@ impl Tensor {
         let elements = (self.rows - 1).checked_mul(self.row_stride)?.checked_add(self.columns)?;
         let end = self.data.checked_add(elements.checked_mul(self.dtype.size())?)?;
         // No allocation is larger, and pointer offsets are signed.
-        (end - self.data <= isize::MAX as usize).then_some(end)
+        isize::try_from(end - self.data).is_ok().then_some(end)
     }
 
     /// Bytes of a row's elements. No overflow once [`Tensor::end`] is known.

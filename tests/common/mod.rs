@@ -17,7 +17,7 @@ fn next(seed: &mut u64) -> u64 {
 /// Waits up to 200 microseconds, half of the time not at all.
 pub(crate) fn pause(seed: u64) {
     let random = next(&mut { seed });
-    if random % 2 == 0 {
+    if random.is_multiple_of(2) {
         std::thread::sleep(std::time::Duration::from_micros(random / 2 % 200));
     }
 }
@@ -64,7 +64,7 @@ impl Matrix {
     /// Values of about -8 to 8, or any bytes for integers; half of the matrices have gaps between rows.
     pub(crate) fn random(dtype: DType, rows: usize, columns: usize, mut seed: u64) -> Self {
         let gap = next(&mut seed);
-        let gap = if gap % 2 == 0 { 0 } else { (gap / 2 % 7) as usize };
+        let gap = if gap.is_multiple_of(2) { 0 } else { (gap / 2 % 7) as usize };
         let mut matrix = Self::new(dtype, rows, columns, columns + gap);
         let count = rows * (columns + gap);
         let bytes = if dtype.can_sum() {

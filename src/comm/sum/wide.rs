@@ -3,9 +3,7 @@
 
 use std::any::TypeId;
 use std::arch::is_x86_feature_detected;
-use std::arch::x86_64::{
-    __m128i, __m256, _MM_FROUND_TO_NEAREST_INT, _mm256_cvtph_ps, _mm256_cvtps_ph,
-};
+use std::arch::x86_64::{__m128i, __m256, _MM_FROUND_TO_NEAREST_INT, _mm256_cvtph_ps, _mm256_cvtps_ph};
 
 use super::{Element, F16, Job, sum_blocks};
 
