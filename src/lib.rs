@@ -8,6 +8,7 @@
 //! | [`model`] | what a split must know of a model, from configurations and headers |
 //! | [`split`] | arithmetic: splits, the solver, memory, plans |
 //! | [`device`] | devices: which there are, what is free on them, how fast their memory is |
+//! | [`comm`] | moves and sums tensors between the ranks of this process, on host memory |
 //! | [`error`] | the one error type |
 //!
 //! ```no_run
@@ -25,6 +26,7 @@
 //! # Ok::<(), tp_rs::Error>(())
 //! ```
 
+pub mod comm;
 pub mod device;
 pub mod error;
 pub mod model;

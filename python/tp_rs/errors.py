@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tp_rs._native import Shortfall
 
 __all__ = ["CollectiveTimeout", "CudaError", "DoesNotFit", "InvalidInput", "ModelError", "TPError"]
@@ -48,4 +50,11 @@ class CudaError(TPError, RuntimeError):
 
 
 class CollectiveTimeout(TPError, TimeoutError):
-    """Ranks did not come to a collective operation in time. Nothing raises it yet."""
+    """Ranks did not come to a collective operation in time."""
+
+    missing: tuple[int, ...]
+    """The ranks that did not come."""
+
+    def __init__(self, message: str, missing: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)

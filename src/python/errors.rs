@@ -48,6 +48,10 @@ pub(super) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
             raise(py, "DoesNotFit", (message, shortfall))
         }
         (_, Error::Driver { call, code, .. }) => raise(py, "CudaError", (message, *call, *code)),
+        (_, Error::CollectiveTimeout { missing, .. }) => {
+            raise(py, "CollectiveTimeout", (message, missing.clone()))
+        }
+        (Kind::Timeout | Kind::Aborted, _) => raise(py, "TPError", (message,)),
         (Kind::Model, _) => raise(py, "ModelError", (message,)),
         (Kind::Device, _) => raise(py, "CudaError", (message,)),
         (Kind::MissingFile, _) => PyFileNotFoundError::new_err(message),
