@@ -7,6 +7,7 @@ Run in this folder with `uv run --script make_gguf_py.py`. The tests compare wha
 """
 
 import json
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -49,5 +50,5 @@ read = [
     ]
     for tensor in gguf.GGUFReader("gguf_py.gguf").tensors
 ]
-with open("gguf_py.json", "w") as file:
-    file.write("[\n" + ",\n".join("  " + json.dumps(row) for row in read) + "\n]\n")
+rows = ",\n".join("  " + json.dumps(row) for row in read)
+Path("gguf_py.json").write_text(f"[\n{rows}\n]\n")

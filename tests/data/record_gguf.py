@@ -1,6 +1,6 @@
 """Records the tensor list of a GGUF file as the ``gguf`` package reads it: name, type, shape, bytes, block.
 
-    python tests/data/record_gguf.py MODEL.gguf > tests/data/smollm2_135m_gguf.json
+python tests/data/record_gguf.py MODEL.gguf > tests/data/smollm2_135m_gguf.json
 """
 
 import json
@@ -10,7 +10,13 @@ from gguf import GGML_QUANT_SIZES, GGUFReader
 
 reader = GGUFReader(sys.argv[1])
 tensors = [
-    [t.name, t.tensor_type.name, [int(n) for n in reversed(t.shape)], int(t.n_bytes), GGML_QUANT_SIZES[t.tensor_type][0]]
+    [
+        t.name,
+        t.tensor_type.name,
+        [int(n) for n in reversed(t.shape)],
+        int(t.n_bytes),
+        GGML_QUANT_SIZES[t.tensor_type][0],
+    ]
     for t in reader.tensors
 ]
 metadata = {

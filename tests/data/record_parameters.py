@@ -115,9 +115,11 @@ def record(path):
     def shown(name):
         layer = re.search(r"\.(\d+)\.", name)
         expert = re.search(r"experts\.(\d+)\.", name)
-        return not (layer and int(layer.group(1)) not in (0, last)) and not (expert and expert.group(1) != "0")
+        return not (layer and int(layer.group(1)) not in (0, last)) and not (
+            expert and expert.group(1) != "0"
+        )
 
-    runs = [[len(list(g)), *k] for k, g in itertools.groupby(layers, key=lambda l: l)]
+    runs = [[len(list(g)), *k] for k, g in itertools.groupby(layers)]
     return {
         "transformers": transformers.__version__,
         "total": sum(torch.Size(s).numel() for s in tensors.values()),
