@@ -36,8 +36,8 @@ help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: .venv/.installed $(DEMO) ## Set everything up and plan a small real model over three unequal GPUs
-	@echo '$$ tp-rs plan $(notdir $(DEMO)) --gpu-split 0.9,0.8,0.7 --context 8192'
-	@$(BIN)/tp-rs plan $(DEMO) --gpu-split 0.9,0.8,0.7 --context 8192
+	@echo '$$ tp-rs plan $(notdir $(DEMO)) --gpu-split 1.0,0.9,0.8 --context 8192'
+	@$(BIN)/tp-rs plan $(DEMO) --gpu-split 1.0,0.9,0.8 --context 8192
 
 test: lint types deny doc test-rust test-python ## Set everything up and check all that CI checks
 
@@ -71,8 +71,9 @@ wheel: .venv/.requirements ## A wheel for glibc 2.28 and later, in dist/
 	$(UV) run --no-project --python $(BIN)/python --with-requirements requirements/wheel.txt -- \
 	  maturin build --release --locked --zig --compatibility manylinux_2_28 --out dist
 
-bench: ## Time the planner
+bench: .venv/.installed ## Time the planner, the communicator, and the reference's arithmetic in Python beside them
 	cargo bench --locked --no-default-features
+	$(BIN)/python benches/reference_arithmetic.py
 
 fuzz: .tools/bin/cargo-fuzz ## Fuzz every reader, FUZZ_RUNS inputs each (needs a nightly toolchain)
 	for target in $$(PATH="$(CURDIR)/.tools/bin:$$PATH" cargo +nightly fuzz list); do \

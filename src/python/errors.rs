@@ -44,7 +44,7 @@ pub(super) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
             }
         }
         (_, Error::DoesNotFit(shortfall)) => {
-            let shortfall = super::plan::Shortfall { inner: shortfall.as_ref().clone() };
+            let shortfall = super::plan_parts::Shortfall { inner: shortfall.as_ref().clone() };
             raise(py, "DoesNotFit", (message, shortfall))
         }
         (_, Error::Driver { call, code, .. }) => raise(py, "CudaError", (message, *call, *code)),

@@ -6,6 +6,7 @@
 mod arguments;
 mod errors;
 mod plan;
+mod plan_parts;
 mod shape;
 
 use pyo3::prelude::*;
@@ -110,9 +111,9 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<shape::Part>()?;
     module.add_class::<shape::Unsplittable>()?;
     module.add_class::<plan::Plan>()?;
-    module.add_class::<plan::PlannedModel>()?;
-    module.add_class::<plan::RankPlan>()?;
-    module.add_class::<plan::Shortfall>()?;
-    module.add_class::<plan::StepTime>()?;
+    module.add_class::<plan_parts::PlannedModel>()?;
+    module.add_class::<plan_parts::RankPlan>()?;
+    module.add_class::<plan_parts::Shortfall>()?;
+    module.add_class::<plan_parts::StepTime>()?;
     Ok(())
 }
