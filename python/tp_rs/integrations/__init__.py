@@ -1,0 +1,1 @@
+"""Libraries whose models tp_rs runs."""

@@ -1,0 +1,191 @@
+"""What a user names, as a configuration, a model class and tensors to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from tp_rs.errors import InvalidInput, ModelError
+from tp_rs.integrations.transformers import gguf
+from tp_rs.integrations.transformers.sources import Source, TensorSource
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+_Reader = Callable[[PreTrainedModel], dict[str, Source]]
+
+
+@dataclass
+class Checkpoint:
+    """A model that can be loaded in parts."""
+
+    name: str
+    config: PretrainedConfig
+    kind: type[PreTrainedModel]
+    dtype: torch.dtype
+    read: _Reader
+    """The tensors, given the skeleton."""
+    generation: GenerationConfig | None = None
+    tokenizer: dict[str, Any] | None = None
+    """What `AutoTokenizer.from_pretrained` takes."""
+    keep: list[Any] = field(default_factory=list)
+    """Open files."""
+
+
+def open_checkpoint(model: object, dtype: torch.dtype | None = None) -> Checkpoint:
+    """Find the configuration and the tensors of a folder, a GGUF file or a transformers model.
+
+    Raises:
+        InvalidInput: It is neither of these.
+        ModelError: It cannot be run in parts; the message says why.
+        FileNotFoundError: The path does not exist.
+    """
+    if isinstance(model, PreTrainedModel):
+        return _from_model(model, dtype)
+    if not isinstance(model, (str, PathLike)):
+        message = f"model: got {type(model).__name__}, wanted a folder, a GGUF file or a transformers model"
+        raise InvalidInput(message)
+    path = Path(model)
+    if not path.exists():
+        message = f"{path} does not exist; download the checkpoint and pass its folder"
+        raise FileNotFoundError(message)
+    if path.is_file() and path.suffix == ".gguf":
+        return _from_gguf(path, dtype)
+    if path.is_file():
+        path = path.parent
+    files = sorted(path.glob("*.gguf"))
+    if not (path / "config.json").exists() and len(files) == 1:
+        return _from_gguf(files[0], dtype)
+    return _from_folder(path, dtype)
+
+
+def _from_model(model: PreTrainedModel, dtype: torch.dtype | None) -> Checkpoint:
+    devices = sorted({str(tensor.device) for tensor in model.state_dict().values()})
+    if devices != ["cpu"]:
+        message = (
+            f"model: its weights are on {', '.join(devices)}, wanted them on the CPU; pass the folder it was "
+            "loaded from, which needs no second copy in memory"
+        )
+        raise InvalidInput(message)
+    _check_config(model.config)
+    sources: dict[str, Source] = {name: TensorSource(tensor) for name, tensor in model.state_dict().items()}
+    return Checkpoint(
+        name=type(model).__name__,
+        config=model.config,
+        kind=type(model),
+        dtype=dtype or model.dtype,
+        read=lambda _: sources,
+        generation=model.generation_config,
+    )
+
+
+def _from_folder(path: Path, dtype: torch.dtype | None) -> Checkpoint:
+    if not (path / "config.json").exists():
+        message = f"{path}: no config.json and no single .gguf file in it"
+        raise ModelError(message)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (ValueError, KeyError, OSError) as error:
+        message = f"{path}: transformers {transformers.__version__} cannot read its configuration: {error}"
+        raise ModelError(message) from error
+    kept: list[Any] = []
+    generation = None
+    if (path / "generation_config.json").exists():
+        generation = GenerationConfig.from_pretrained(path)
+    tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return Checkpoint(
+        name=path.name,
+        config=config,
+        kind=_class_of(config),
+        dtype=dtype or _dtype_of(config),
+        read=lambda _: _files(path, kept),
+        generation=generation,
+        tokenizer={"pretrained_model_name_or_path": str(path)} if tokenizer else None,
+        keep=kept,
+    )
+
+
+def _from_gguf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
+    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        config = AutoConfig.from_pretrained(**place)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        message = f"{path}: transformers {transformers.__version__} cannot read its header: {error}"
+        raise ModelError(message) from error
+    return Checkpoint(
+        name=path.stem,
+        config=config,
+        kind=_class_of(config),
+        dtype=dtype or torch.float32,
+        read=lambda skeleton: dict(gguf.read(path, config.get_text_config(), list(skeleton.state_dict()))),
+        tokenizer=place,
+    )
+
+
+def _files(path: Path, kept: list[Any]) -> dict[str, Source]:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = sorted(each.name for each in path.glob("*.safetensors"))
+    if names:
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            message = f"{path}: the index names {', '.join(missing)}, which is not there"
+            raise ModelError(message)
+        sources: dict[str, Source] = {}
+        for name in names:
+            file = safe_open(str(path / name), framework="pt")
+            kept.append(file)
+            sources.update({key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118  not a dict
+        return sources
+    tensors = {}
+    for file in sorted(path.glob("pytorch_model*.bin")):
+        tensors.update(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+    if not tensors:
+        message = f"{path}: no .safetensors and no pytorch_model*.bin in it"
+        raise ModelError(message)
+    return {name: TensorSource(tensor) for name, tensor in tensors.items()}
+
+
+def _class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
+    _check_config(config)
+    for name in config.architectures or []:
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.can_generate():
+            return kind
+    with suppress(KeyError):
+        found = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    message = f"{config.model_type}: transformers {transformers.__version__} has no causal language model of it"
+    raise ModelError(message)
+
+
+def _check_config(config: PretrainedConfig) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        message = f"{config.model_type}: encoder-decoder models are not run in parts"
+        raise ModelError(message)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        described = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        method = described.get("quant_method", "unknown")
+        message = (
+            f"{config.model_type}: weights quantised with {method} are not read in parts; "
+            "use the checkpoint that is not quantised, or a GGUF file of it"
+        )
+        raise ModelError(message)
+
+
+def _dtype_of(config: PretrainedConfig) -> torch.dtype:
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -1,0 +1,140 @@
+"""What the user holds: the model's own class, without parameters, whose forward runs the ranks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from tp_rs.errors import InvalidInput
+from tp_rs.integrations.transformers.cache import RankedCache
+from tp_rs.integrations.transformers.communication import Link
+from tp_rs.integrations.transformers.execution import Ranks
+
+__all__ = ["make_front"]
+
+_CACHES = ("past_key_values", "cache_params")
+_OWN = {"_parameters", "_buffers", "_modules", "forward"}
+
+
+def make_front(models: list[PreTrainedModel], ranks: Ranks, devices: list[torch.device], lead: int) -> Any:
+    """An object of the model's own class that runs all ranks.
+
+    Its `generate` and everything around it are transformers' own; only `forward` and the making of the cache
+    differ.
+    """
+    # The ranks' class is one of ours already; its base is the model's.
+    own = type(models[lead]).__mro__[1]
+    front = _class_of(own).__new__(_class_of(own))
+    nn.Module.__init__(front)
+    for name, value in models[lead].__dict__.items():
+        if name not in _OWN:
+            front.__dict__[name] = value
+    front.__dict__["config"] = copy.deepcopy(models[lead].config)
+    front.__dict__["generation_config"] = copy.deepcopy(models[lead].generation_config)
+    front.__dict__["_tp_rs"] = _Runner(models, ranks, devices, lead)
+    return front
+
+
+class _Runner:
+    """What the front keeps beside the model's own attributes."""
+
+    def __init__(
+        self, models: list[PreTrainedModel], ranks: Ranks, devices: list[torch.device], lead: int
+    ) -> None:
+        self.models = models
+        self.ranks = ranks
+        self.devices = devices
+        self.lead = lead
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Runner:
+        message = "a model over ranks cannot be copied; load it again"
+        raise InvalidInput(message)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("output_attentions"):
+            message = "output_attentions: no rank has all heads; load the model unsharded to see attention weights"
+            raise InvalidInput(message)
+        caches = {name: self.spread(kwargs[name]) for name in _CACHES if isinstance(kwargs.get(name), Cache)}
+
+        def job(link: Link) -> Any:
+            device = self.devices[link.rank]
+            own = {name: _move(value, device) for name, value in kwargs.items() if name not in caches}
+            own |= {name: cache.caches[link.rank] for name, cache in caches.items()}
+            return self.models[link.rank](*(_move(value, device) for value in args), **own)
+
+        results = self.ranks.run(job)
+        return self._join(results, caches)
+
+    def spread(self, cache: Cache) -> RankedCache:
+        if isinstance(cache, RankedCache):
+            return cache
+        return RankedCache.of(cache, len(self.models), self.lead)
+
+    def _join(self, results: list[Any], caches: dict[str, RankedCache]) -> Any:
+        result = results[self.lead]
+        for name in _CACHES:
+            if isinstance(getattr(result, name, None), Cache):
+                given = caches.get(name)
+                result[name] = given or RankedCache([getattr(each, name) for each in results], self.lead)
+        return result
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _move(each, device) for name, each in value.items()}
+    return value
+
+
+@functools.cache
+def _class_of(kind: type[PreTrainedModel]) -> Any:
+    forward: Callable[..., Any] = kind.forward
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._tp_rs.run(args, kwargs)
+
+    def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **named: Any) -> Any:
+        result = kind._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **named)
+        for name in _CACHES:
+            if isinstance(model_kwargs.get(name), Cache):
+                model_kwargs[name] = self._tp_rs.spread(model_kwargs[name])
+        return result
+
+    def missing(self: Any, name: str) -> Any:
+        # Preparing inputs may look at a body or a head; the leading rank's has the same attributes.
+        runner = self.__dict__.get("_tp_rs")
+        if runner is None or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(runner.models[runner.lead], name)
+
+    def compiled(self: Any, *_args: Any, **_kwargs: Any) -> bool:  # noqa: ARG001  transformers' signature
+        # Compiling would trace through the threads of the ranks.
+        return False
+
+    def parts(self: Any, implementation: Any) -> None:
+        for model in self._tp_rs.models:
+            model.set_experts_implementation(implementation)
+
+    return type(
+        kind.__name__,
+        (kind,),
+        {
+            "__module__": kind.__module__,
+            "forward": run,
+            "_prepare_cache_for_generation": prepare,
+            "__getattr__": missing,
+            "_valid_auto_compile_criteria": compiled,
+            "set_experts_implementation": parts,
+            "device": property(lambda self: self._tp_rs.devices[self._tp_rs.lead]),
+            "dtype": property(lambda self: self._tp_rs.models[self._tp_rs.lead].dtype),
+        },
+    )

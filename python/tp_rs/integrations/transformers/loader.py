@@ -1,0 +1,97 @@
+"""Load a rank through the model class's own `from_pretrained`, with only the rank's part of every tensor."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tp_rs.errors import ModelError
+from tp_rs.integrations.transformers.checkpoint import Checkpoint
+from tp_rs.integrations.transformers.conversion import Conversion
+from tp_rs.integrations.transformers.layout import Layout
+from tp_rs.integrations.transformers.shrink import shrink
+from tp_rs.integrations.transformers.sources import Counter
+
+__all__ = ["load_rank", "make_skeleton"]
+
+_log = logging.getLogger("tp_rs.transformers")
+
+# Building on the meta device and loading set process-wide defaults while they run.
+_building = threading.RLock()
+_SHOWN = 5
+
+
+def make_skeleton(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The whole model on the meta device: shapes and modules, no memory."""
+    with _building, torch.device("meta"):
+        skeleton: PreTrainedModel = kind._from_config(config, dtype=dtype)  # noqa: SLF001  no public name
+    return skeleton.eval()
+
+
+def load_rank(
+    checkpoint: Checkpoint,
+    conversion: Conversion,
+    layout: Layout,
+    rank: int,
+    device: torch.device,
+    counter: Counter | None = None,
+) -> PreTrainedModel:
+    """One rank's model, cut and filled.
+
+    Raises:
+        ModelError: Weights are missing or do not fit the configuration.
+    """
+    state = conversion.state(layout, rank, counter or Counter())
+    kind = _cut_class(checkpoint.kind, layout, rank)
+    with _building:
+        try:
+            model, report = kind.from_pretrained(
+                None,
+                config=checkpoint.config,
+                state_dict=state,
+                dtype=checkpoint.dtype,
+                device_map=None if device.type == "cpu" else {"": device},
+                output_loading_info=True,
+            )
+        except RuntimeError as error:
+            message = f"{checkpoint.name}: rank {rank} could not be loaded: {error}"
+            raise ModelError(message) from error
+    _check(checkpoint, report)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _cut_class(kind: type[PreTrainedModel], layout: Layout, rank: int) -> type[PreTrainedModel]:
+    def build(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, config, *args, **kwargs)
+        shrink(self, layout, rank)
+
+    # transformers looks up conversions by the class's name and code by its module.
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
+
+
+def _check(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:
+        message = f"{checkpoint.name}: {len(missing)} weights are missing: {_some(missing)}"
+        raise ModelError(message)
+    mismatched = [str(each[0]) for each in report.get("mismatched_keys") or ()]
+    if mismatched:
+        message = f"{checkpoint.name}: the shapes of {_some(mismatched)} do not fit the configuration"
+        raise ModelError(message)
+    errors = report.get("error_msgs")
+    if errors:
+        message = f"{checkpoint.name}: {errors}"
+        raise ModelError(message)
+    extra = sorted(report.get("unexpected_keys") or ())
+    if extra:
+        _log.warning("%s: %d weights are not used: %s", checkpoint.name, len(extra), _some(extra))
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

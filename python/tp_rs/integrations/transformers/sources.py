@@ -1,0 +1,105 @@
+"""Where a checkpoint's tensors lie, and views that read only a part of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from tp_rs.integrations.transformers.layout import width
+from tp_rs.integrations.transformers.splits import Interval
+
+__all__ = ["Counter", "Part", "Source", "TensorSource"]
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Source(Protocol):
+    """A tensor that is read on demand, as safetensors' slices are."""
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+
+    def get_dtype(self) -> str:
+        """Its dtype, as safetensors writes it."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """A part of it."""
+
+
+class TensorSource:
+    """A tensor that is in memory already."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        """Its dtype."""
+        return _NAMES.get(self._tensor.dtype, str(self._tensor.dtype))
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """A copy: the caller's model must not change with this one, nor this one with it."""
+        return self._tensor.detach()[index].clone()
+
+
+class Counter:
+    """Bytes that a rank has read, for progress and for tests."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+class Part:
+    """A source cut along some dimensions; what a rank's loader sees instead of the whole."""
+
+    def __init__(
+        self, source: Source, cuts: dict[int, Sequence[Interval]], counter: Counter | None = None
+    ) -> None:
+        self._source = source
+        self._cuts = cuts
+        self._counter = counter
+
+    def get_shape(self) -> list[int]:
+        """The shape after cutting."""
+        return [
+            width(self._cuts[dim]) if dim in self._cuts else size
+            for dim, size in enumerate(self._source.get_shape())
+        ]
+
+    def get_dtype(self) -> str:
+        """The source's dtype."""
+        return self._source.get_dtype()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """The part; loaders ask for all of it."""
+        tensor = self._read(tuple(sorted(self._cuts)), ())
+        if self._counter is not None:
+            self._counter.bytes += tensor.numel() * tensor.element_size()
+        return tensor if index is Ellipsis else tensor[index]
+
+    def _read(self, dims: tuple[int, ...], chosen: tuple[tuple[int, Interval], ...]) -> torch.Tensor:
+        if not dims:
+            index = [slice(None)] * len(self._source.get_shape())
+            for dim, (start, end) in chosen:
+                index[dim] = slice(start, end)
+            # Columns of a mapped file are a strided view; copying them here reads the part and nothing else.
+            return self._source[tuple(index)].contiguous() if index else self._source[...]
+        dim, rest = dims[0], dims[1:]
+        parts = [self._read(rest, (*chosen, (dim, interval))) for interval in self._cuts[dim]]
+        if not parts:
+            return self._read(rest, (*chosen, (dim, (0, 0))))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -1,0 +1,95 @@
+"""An attention on a rank that has none of its heads: it only meets the others.
+
+Running the module with no heads is no way: scaled_dot_product_attention divides by zero and ends the process,
+and reshapes with -1 fail on nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_rs.errors import ModelError
+from tp_rs.integrations.transformers.communication import Link
+from tp_rs.integrations.transformers.layout import Attention, Kind
+
+__all__ = ["Returns", "watch"]
+
+Returns = dict[str, int]
+"""How many values an attention returns, by module; 0 for a bare tensor."""
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+_MOST = 2
+
+
+def watch(module: nn.Module, attention: Attention, link: Link, returns: Returns) -> None:
+    """Replace the attention where this rank has no heads; elsewhere note what it returns.
+
+    The first call ends in a barrier: the rank without heads learns there what to return.
+    """
+    forward = module.forward
+    stub = not attention.ranks[link.rank].queries
+    known = False
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal known
+        result = _meet(module, attention, link, forward, args, kwargs) if stub else forward(*args, **kwargs)
+        if not known:
+            if not stub:
+                returns[attention.module] = _count(result)
+            link.barrier()
+            known = True
+        if not stub:
+            return result
+        count = returns[attention.module]
+        if count > _MOST:
+            message = (
+                f"{attention.module} returns {count} values, and rank {link.rank} has none of its heads to make "
+                "them from; give every rank at least one KV head"
+            )
+            raise ModelError(message)
+        return result if count == 0 else (result, None)[:count]
+
+    module.forward = run
+
+
+def _count(result: Any) -> int:
+    if not isinstance(result, tuple):
+        return 0
+    live = [place for place, value in enumerate(result) if value is not None]
+    return max(len(result) if live[-1:] > [1] else min(len(result), _MOST), 1)
+
+
+def _meet(
+    module: nn.Module, attention: Attention, link: Link, forward: Any, args: Any, kwargs: Any
+) -> torch.Tensor:
+    signature = inspect.signature(forward)
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    hidden = named.get("hidden_states", next(iter(named.values())))
+    cache = next((named[name] for name in _CACHES if named.get(name) is not None), None)
+    if cache is not None and _stores(module):
+        # One number a token: masks and positions come from the cache's length.
+        token = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+        cache.update(token, token, module.layer_idx)
+    nothing = hidden.new_zeros(*hidden.shape[:-1], 0)
+    result = nothing
+    # Norms come before the projections, and the output projection last.
+    order = (Kind.WIDE_NORM, Kind.SUM_OWN_HEADS, Kind.SUM)
+    for collective in sorted(attention.collectives, key=lambda each: order.index(each.kind)):
+        part = module.get_submodule(collective.module.removeprefix(f"{attention.module}."))
+        result = part(nothing)
+    return result
+
+
+def _stores(module: nn.Module) -> bool:
+    """Whether the module makes keys of its own; layers that share another layer's store nothing."""
+    names = ("k_proj", "kv_b_proj", "qkv_proj", "query_key_value", "Wqkv", "qkv", "key", "wk")
+    return any(getattr(module, name, None) is not None for name in names) and not getattr(
+        module, "is_kv_shared_layer", False
+    )
