@@ -21,6 +21,8 @@ _SEGMENTS = ("qkv_proj", "Wqkv", "qkv")
 """Rows lie as all queries, all keys, all values."""
 _BY_HEAD = ("query_key_value",)
 """Rows lie as query, key and value of a head, then of the next (GPT-NeoX)."""
+_WHOLE = ("q_a_", "kv_a_", "q_norm", "k_norm", "q_layernorm", "k_layernorm")
+"""Parts that are the same for all heads."""
 _FUSED = (*_SEGMENTS, *_BY_HEAD)
 
 
@@ -75,6 +77,7 @@ class _Part:
         self._cut_linears()
         self._cut_norms()
         self._cut_parameters()
+        self._check_known()
         self.attention = Attention(name, self.queries, self.kv, self.ranks, tuple(self.collectives))
 
     def _counts(self, config: Any) -> tuple[int, int]:
@@ -209,6 +212,21 @@ class _Part:
         self._by_heads(leaf, "weight", 0, heads, keys=keys)
         cut = self.cuts[f"{self.name}.{leaf}.weight"]
         self._meet(leaf, Kind.WIDE_NORM, cut.ranks, int(child.weight.shape[0]))  # type: ignore[union-attr,operator]
+
+    def _check_known(self) -> None:
+        """Where no plan speaks of the module, every part of it must be one that the rules know."""
+        if any(key.startswith(f"{self.name}.") for key in self.styles):
+            return
+        if not any(leaf in self.linears for leaf in _LATENT) and not hasattr(self.module, "num_key_value_groups"):
+            raise _CannotCut("no plan names it, and it is no attention of the common kind")
+        cut = {name.removeprefix(f"{self.name}.").partition(".")[0] for name in self.cuts}
+        unknown = [
+            leaf
+            for leaf, child in self.module.named_children()
+            if leaf not in cut and not leaf.startswith(_WHOLE) and any(True for _ in child.parameters())
+        ]
+        if unknown:
+            raise _CannotCut(f"no plan names it, and no rule speaks of its {', '.join(unknown)}")
 
     def _cut_parameters(self) -> None:
         for leaf, parameter in self.module.named_parameters(recurse=False):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 from torch import nn
 
 from tp_rs.integrations.transformers.layout import Collective, Cut, Kind, Layout, width
@@ -11,6 +13,7 @@ __all__ = ["cut_experts", "cut_mlp", "is_experts", "is_mlp", "width_split"]
 
 _DOWN = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "output_linear")
 _UP = ("gate_proj", "up_proj", "fc1", "c_fc", "dense_h_to_4h", "fc_in", "w1", "w3")
+_ALIGNED = 16
 _HALVES = ("gate_up_proj", "input_linear", "dense_h_to_4h")
 """Rows lie as all of the gate, then all of the rest."""
 
@@ -34,7 +37,11 @@ def is_experts(module: nn.Module) -> bool:
 def width_split(splits: SplitSource, ranks: int, total: int) -> list[Interval]:
     """The split of an MLP of this width: its own, the plan's where the widths agree, else its proportions."""
     own = splits.width_splits.get(total)
-    return cover(own, ranks) if own is not None else scale(splits.id_split, ranks, total)
+    if own is not None:
+        return cover(own, ranks)
+    planned = max((end for _, _, end in splits.id_split), default=0)
+    # Grouped matrix products want rows that start at multiples of 16 bytes.
+    return scale(splits.id_split, ranks, total, 1 if planned == total else gcd(total, _ALIGNED))
 
 
 def cut_mlp(layout: Layout, name: str, module: nn.Module, splits: SplitSource, styles: dict[str, str]) -> None:
@@ -84,7 +91,8 @@ def cut_experts(
     fused = "gate_up_proj" if "gate_up_proj" in parameters else "up_proj"
     count = down.shape[0]
     layout.experts[name] = "down_proj"
-    if splits.experts_split is not None:
+    # Shared experts are not chosen by the router, so none of them can be left to one rank.
+    if splits.experts_split is not None and styles.get(name) != "all_reduce":
         _whole_experts(layout, name, parameters, scale(splits.experts_split, layout.ranks, count))
         return
     transposed = getattr(module, "is_transposed", None)

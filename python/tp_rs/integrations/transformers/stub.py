@@ -22,7 +22,7 @@ Returns = dict[str, int]
 """How many values an attention returns, by module; 0 for a bare tensor."""
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
-_MOST = 2
+_WEIGHTS = 1
 
 
 def watch(module: nn.Module, attention: Attention, link: Link, returns: Returns) -> None:
@@ -39,28 +39,32 @@ def watch(module: nn.Module, attention: Attention, link: Link, returns: Returns)
         result = _meet(module, attention, link, forward, args, kwargs) if stub else forward(*args, **kwargs)
         if not known:
             if not stub:
-                returns[attention.module] = _count(result)
+                returns[attention.module] = _count(attention, result)
             link.barrier()
             known = True
         if not stub:
             return result
         count = returns[attention.module]
-        if count > _MOST:
-            message = (
-                f"{attention.module} returns {count} values, and rank {link.rank} has none of its heads to make "
-                "them from; give every rank at least one KV head"
-            )
-            raise ModelError(message)
-        return result if count == 0 else (result, None)[:count]
+        return (result, *[None] * (count - 1)) if count else result
 
     module.forward = run
 
 
-def _count(result: Any) -> int:
+def _count(attention: Attention, result: Any) -> int:
+    """How many values there are, if a rank without heads can do without all but the first.
+
+    The second are the attention weights, which nobody reads. Indices that a layer chose are for the next
+    attention, which has no heads on that rank either.
+    """
     if not isinstance(result, tuple):
         return 0
-    live = [place for place, value in enumerate(result) if value is not None]
-    return max(len(result) if live[-1:] > [1] else min(len(result), _MOST), 1)
+    if any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in result[_WEIGHTS + 1 :]):
+        message = (
+            f"{attention.module} returns {len(result)} values, and a rank with none of its heads cannot make "
+            "them; give every rank at least one KV head"
+        )
+        raise ModelError(message)
+    return len(result)
 
 
 def _meet(
@@ -73,17 +77,19 @@ def _meet(
             named.update(named.pop(parameter.name, {}))
     hidden = named.get("hidden_states", next(iter(named.values())))
     cache = next((named[name] for name in _CACHES if named.get(name) is not None), None)
+    length = hidden.shape[1]
     if cache is not None and _stores(module):
         # One number a token: masks and positions come from the cache's length.
         token = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
-        cache.update(token, token, module.layer_idx)
+        length = cache.update(token, token, module.layer_idx)[0].shape[-2]
     nothing = hidden.new_zeros(*hidden.shape[:-1], 0)
+    cached = hidden.new_zeros(hidden.shape[0], length, 0)
     result = nothing
     # Norms come before the projections, and the output projection last.
     order = (Kind.WIDE_NORM, Kind.SUM_OWN_HEADS, Kind.SUM)
     for collective in sorted(attention.collectives, key=lambda each: order.index(each.kind)):
         part = module.get_submodule(collective.module.removeprefix(f"{attention.module}."))
-        result = part(nothing)
+        result = part(cached if collective.kind is Kind.SUM_OWN_HEADS else nothing)
     return result
 
 

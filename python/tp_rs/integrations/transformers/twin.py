@@ -104,6 +104,8 @@ def twin_config(kind: type[PretrainedConfig], changes: dict[str, Any] | None = N
     parameters = getattr(defaults, "rope_parameters", None)
     if isinstance(parameters, dict) and "mrope_section" in parameters:
         small["rope_parameters"] = {**parameters, "mrope_section": [1, 1, 2]}
+    if "kv_lora_rank" in small:
+        small["num_key_value_heads"] = _HEADS
     small |= changes or {}
     return kind(**small)
 
