@@ -56,12 +56,16 @@ class Ranks:
         A job that raises ends the others' waits; its error is raised here, and the ranks can be used again.
         """
         with self._calls:
-            if self._closed:
-                message = "the model is unloaded; load it again to use it"
-                raise TPError(message)
+            self.check_open()
             for jobs in self._jobs:
                 jobs.put(job)
             return self._collect()
+
+    def check_open(self) -> None:
+        """Raise if the threads have ended."""
+        if self._closed:
+            message = "the model is unloaded; load it again to use it"
+            raise TPError(message)
 
     def _collect(self) -> list[Any]:
         results: dict[int, Any] = {}

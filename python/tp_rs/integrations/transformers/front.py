@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from tp_rs.errors import InvalidInput
 from tp_rs.integrations.transformers.cache import RankedCache
 from tp_rs.integrations.transformers.communication import Link
 from tp_rs.integrations.transformers.execution import Ranks
+from tp_rs.integrations.transformers.stream import stream
 
 __all__ = ["make_front"]
 
@@ -52,6 +54,10 @@ class _Runner:
         self.ranks = ranks
         self.devices = devices
         self.lead = lead
+        self.dtype = models[lead].dtype
+        self.plan: Any = None
+        self.context: int | None = None
+        self.tokenizer_source: dict[str, Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Runner:
         message = "a model over ranks cannot be copied; load it again"
@@ -61,16 +67,42 @@ class _Runner:
         if kwargs.get("output_attentions"):
             message = "output_attentions: no rank has all heads; load the model unsharded to see attention weights"
             raise InvalidInput(message)
+        self._check_length(args, kwargs)
         caches = {name: self.spread(kwargs[name]) for name in _CACHES if isinstance(kwargs.get(name), Cache)}
+
+        models = self.models
+        self.ranks.check_open()
 
         def job(link: Link) -> Any:
             device = self.devices[link.rank]
             own = {name: _move(value, device) for name, value in kwargs.items() if name not in caches}
             own |= {name: cache.caches[link.rank] for name, cache in caches.items()}
-            return self.models[link.rank](*(_move(value, device) for value in args), **own)
+            return models[link.rank](*(_move(value, device) for value in args), **own)
 
         results = self.ranks.run(job)
         return self._join(results, caches)
+
+    def _check_length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if self.context is None or tokens is None:
+            return
+        cache = kwargs.get("past_key_values")
+        past = 0
+        if isinstance(cache, Cache):
+            # A cache without attention layers has no length.
+            with suppress(ValueError):
+                past = int(cache.get_seq_length())
+        if past + tokens.shape[1] > self.context:
+            message = (
+                f"the sequence has {past + tokens.shape[1]} tokens, and the model was loaded for {self.context}; "
+                "shorten it or load with a larger context"
+            )
+            raise InvalidInput(message)
+
+    def unload(self) -> None:
+        self.ranks.close()
+        self.models.clear()
 
     def spread(self, cache: Cache) -> RankedCache:
         if isinstance(cache, RankedCache):
@@ -112,7 +144,7 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:
     def missing(self: Any, name: str) -> Any:
         # Preparing inputs may look at a body or a head; the leading rank's has the same attributes.
         runner = self.__dict__.get("_tp_rs")
-        if runner is None or name.startswith("__"):
+        if runner is None or not runner.models or name.startswith("__"):
             raise AttributeError(name)
         return getattr(runner.models[runner.lead], name)
 
@@ -124,6 +156,18 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:
         for model in self._tp_rs.models:
             model.set_experts_implementation(implementation)
 
+    def write(self: Any, prompt: str, *, tokenizer: Any = None, **options: Any) -> Iterator[str]:
+        """Yield the text that follows a prompt; takes what `generate` takes."""
+        source = self._tp_rs.tokenizer_source
+        if tokenizer is None and source is None:
+            message = "tokenizer: there is none beside the model; pass one"
+            raise InvalidInput(message)
+        return stream(self, tokenizer or AutoTokenizer.from_pretrained(**source), prompt, **options)
+
+    def unload(self: Any) -> None:
+        """Give all memory back. Calling it again does nothing."""
+        self._tp_rs.unload()
+
     return type(
         kind.__name__,
         (kind,),
@@ -134,7 +178,11 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:
             "__getattr__": missing,
             "_valid_auto_compile_criteria": compiled,
             "set_experts_implementation": parts,
+            "stream": write,
+            "unload": unload,
+            "plan": property(lambda self: self._tp_rs.plan),
+            "context": property(lambda self: self._tp_rs.context),
             "device": property(lambda self: self._tp_rs.devices[self._tp_rs.lead]),
-            "dtype": property(lambda self: self._tp_rs.models[self._tp_rs.lead].dtype),
+            "dtype": property(lambda self: self._tp_rs.dtype),
         },
     )

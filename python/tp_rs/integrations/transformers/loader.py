@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from tp_rs.errors import ModelError
 from tp_rs.integrations.transformers.checkpoint import Checkpoint
@@ -47,7 +50,7 @@ def load_rank(
     """
     state = conversion.state(layout, rank, counter or Counter())
     kind = _cut_class(checkpoint.kind, layout, rank)
-    with _building:
+    with _building, _quiet():
         try:
             model, report = kind.from_pretrained(
                 None,
@@ -63,6 +66,18 @@ def load_rank(
     _check(checkpoint, report)
     loaded: PreTrainedModel = model
     return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # transformers would show a bar a rank for every load; ours is told through the counter.
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _cut_class(kind: type[PreTrainedModel], layout: Layout, rank: int) -> type[PreTrainedModel]:

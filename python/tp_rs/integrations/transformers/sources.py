@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -59,8 +60,19 @@ class TensorSource:
 class Counter:
     """Bytes that a rank has read, for progress and for tests."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0, tell: Callable[[int, int], None] | None = None) -> None:
         self.bytes = 0
+        self._rank = rank
+        self._tell = tell
+        # Loaders read from several threads.
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """Count bytes that were read."""
+        with self._lock:
+            self.bytes += count
+            if self._tell is not None:
+                self._tell(self._rank, self.bytes)
 
 
 class Part:
@@ -88,7 +100,7 @@ class Part:
         """The part; loaders ask for all of it."""
         tensor = self._read(tuple(sorted(self._cuts)), ())
         if self._counter is not None:
-            self._counter.bytes += tensor.numel() * tensor.element_size()
+            self._counter.add(tensor.numel() * tensor.element_size())
         return tensor if index is Ellipsis else tensor[index]
 
     def _read(self, dims: tuple[int, ...], chosen: tuple[tuple[int, Interval], ...]) -> torch.Tensor:

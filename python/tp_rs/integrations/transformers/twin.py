@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tp_rs.errors import ModelError
 
-__all__ = ["KV_HEADS", "make_twin", "twin_config"]
+__all__ = ["KV_HEADS", "make_twin", "shrunk_config", "twin_config"]
 
 KV_HEADS = 3
 _GROUPS = 2
@@ -106,8 +107,34 @@ def twin_config(kind: type[PretrainedConfig], changes: dict[str, Any] | None = N
         small["rope_parameters"] = {**parameters, "mrope_section": [1, 1, 2]}
     if "kv_lora_rank" in small:
         small["num_key_value_heads"] = _HEADS
+        if "rope_interleave" in fields:
+            small["head_dim"] = _SMALL["qk_rope_head_dim"]
     small |= changes or {}
     return kind(**small)
+
+
+def shrunk_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A small configuration with the choices of a given one: only its known sizes are made small."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    kind = type(text)
+    mapped = getattr(kind, "attribute_map", {})
+    described = text.to_dict()
+    latent = "kv_lora_rank" in described
+    for name, value in _SMALL.items():
+        if name in described and name not in mapped and described[name] is not None:
+            described[name] = value
+    described["num_hidden_layers"] = _LAYERS
+    if latent:
+        described["num_key_value_heads"] = _HEADS
+    types = described.get("layer_types")
+    if types:
+        described["layer_types"] = _kinds(types)
+    if described.get("num_key_value_heads") == described.get("num_attention_heads"):
+        described.pop("num_key_value_groups", None)
+    for name in ("architectures", "model_type", "transformers_version", "quantization_config"):
+        described.pop(name, None)
+    return kind(**described)
 
 
 def _kinds(types: list[str]) -> list[str]:
