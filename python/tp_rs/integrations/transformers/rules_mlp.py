@@ -54,6 +54,9 @@ def cut_mlp(layout: Layout, name: str, module: nn.Module, splits: SplitSource, s
     if any(size != total and not (size == 2 * total and leaf in _HALVES) for leaf, size in sizes.items()):
         layout.whole[name] = f"{down} takes {total} columns, and {sizes} give others"
         return
+    if getattr(module, "activation_sparsity", 0):
+        layout.whole[name] = "its activation depends on the mean of the whole row"
+        return
     ranks = tuple((interval,) for interval in width_split(splits, layout.ranks, total))
     for leaf in ups:
         halves = tuple(_halves(own, total) for own in ranks) if sizes[leaf] != total else ranks

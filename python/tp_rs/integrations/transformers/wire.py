@@ -154,6 +154,12 @@ def _experts(
         named = {name: chosen(value) for name, value in named.items()}
         if start == end:
             return link.all_reduce_(torch.zeros_like(hidden))
+        if collective.kind is Kind.WHOLE_EXPERTS and not choice and not named:
+            # The rows come sorted by expert, as many for each (Llama 4).
+            each = hidden.shape[0] // collective.total
+            total = torch.zeros_like(hidden)
+            total[start * each : end * each] = forward(hidden[start * each : end * each])
+            return link.all_reduce_(total)
         if collective.kind is Kind.WHOLE_EXPERTS:
             choice, named = _own_choice(choice, named, start, end)
         return link.all_reduce_(forward(hidden, *choice, **named))

@@ -1,0 +1,254 @@
+"""Reading checkpoints: every rank its part, all transformers' conversions included, and what is refused."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from architectures import small
+from test_architectures import ranked
+
+from tp_rs.errors import InvalidInput, ModelError
+from tp_rs.integrations.transformers import Splits, gguf, load, selfcheck
+from tp_rs.integrations.transformers.assemble import decide
+from tp_rs.integrations.transformers.checkpoint import open_checkpoint
+from tp_rs.integrations.transformers.conversion import Conversion
+from tp_rs.integrations.transformers.loader import load_rank
+from tp_rs.integrations.transformers.sources import Counter, Part, TensorSource
+from tp_rs.integrations.transformers.twin import make_twin
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def save(architecture, shard="40KB"):
+        model = make_twin(small(architecture))
+        model.save_pretrained(tmp_path, max_shard_size=shard)
+        return model, tmp_path
+
+    return save
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "llama",
+        "mixtral",
+        "qwen3_moe",
+        "qwen2_moe",
+        "phi3",
+        "gpt_neox",
+        "olmo2",
+        "deepseek_v3",
+        "gemma3_text",
+        "gpt_oss",
+        "llama4_text",
+        "ernie4_5_moe",
+        "qwen3_next",
+        "minimax_m2",
+    ],
+)
+@pytest.mark.parametrize("experts", [None, [4, 2]])
+def test_ranks_read_their_parts(folder, architecture, experts):
+    model, path = folder(architecture)
+    ids, mask = selfcheck.prompt(model)
+    splits = selfcheck.uneven(model.config.get_text_config(), [2, 1])
+    if experts:
+        splits = Splits(splits.kv_split, splits.q_split, splits.id_split, splits.vc_split, (), [(0, 0, 4), (1, 4, 6)])
+    checkpoint = open_checkpoint(path)
+    skeleton, layout = decide(checkpoint, splits, 2)
+    conversion = Conversion(skeleton, checkpoint.read(skeleton))
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    for rank in range(2):
+        counter = Counter()
+        part = load_rank(checkpoint, conversion, layout, rank, torch.device("cpu"), counter)
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in part.state_dict().values()}
+        # Tied weights are stored once, and buffers that are not in the file are small.
+        assert counter.bytes <= sum(held.values()) * 1.02 + 256
+        assert counter.bytes < size
+    front = ranked(model, [2, 1], splits)
+    from_file = load(path, devices=["cpu"] * 2, plan=splits, check=False)
+    for own, other in zip(from_file._tp_rs.models, front._tp_rs.models, strict=True):
+        weights = other.state_dict()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in own.state_dict().items())
+    # Not bitwise: weights in a mapped file are aligned otherwise, and products then round otherwise.
+    for own, whole in zip(selfcheck.steps(from_file, ids, mask), selfcheck.steps(model, ids, mask), strict=True):
+        assert (own - whole).abs().max() <= selfcheck.TOLERANCE * whole.std()
+    from_file.unload()
+    front.unload()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_part_is_what_indexing_gives(seed):
+    generator = np.random.default_rng(seed)
+    tensor = torch.from_numpy(generator.standard_normal((7, 12, 5)))
+    cuts = {}
+    expected = tensor
+    for dim in generator.permutation(3)[: generator.integers(1, 4)]:
+        bounds = np.sort(generator.integers(0, tensor.shape[dim] + 1, 4))
+        intervals = [(int(bounds[2]), int(bounds[3])), (int(bounds[0]), int(bounds[1]))]
+        cuts[int(dim)] = intervals
+        index = torch.tensor([row for start, end in intervals for row in range(start, end)], dtype=torch.long)
+        expected = expected.index_select(int(dim), index)
+    part = Part(TensorSource(tensor), cuts)
+    assert part.get_shape() == list(expected.shape)
+    assert torch.equal(part[...], expected)
+
+
+KINDS = ["F32", "F16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q6_K", "Q2_K"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", [0, 6])
+def test_gguf_parts_are_slices_of_the_whole_bit_for_bit(kind, heads):
+    library = pytest.importorskip("gguf")
+    number = library.GGMLQuantizationType[kind]
+    rows, columns = 48, 512
+    generator = np.random.default_rng(os.getpid())
+    if kind in {"F32", "F16"}:
+        data = generator.standard_normal((rows, columns)).astype(np.float32 if kind == "F32" else np.float16)
+    else:
+        block, size = library.GGML_QUANT_SIZES[number]
+        data = generator.integers(0, 256, (rows, columns // block * size), dtype=np.uint8)
+    source = gguf.GgufSource(data, number, [rows, columns], heads)
+    with np.errstate(all="ignore"):
+        whole = np.asarray(library.dequantize(data, number), dtype=np.float32)
+        if heads:
+            whole = whole.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+        for start, end, first, last in [(0, 48, 0, 512), (8, 32, 0, 512), (0, 48, 256, 512), (16, 24, 32, 40), (5, 5, 0, 9)]:
+            part = source[start:end, first:last].numpy()
+            assert part.shape == (end - start, last - first)
+            assert part.tobytes() == whole[start:end, first:last].tobytes()
+
+
+def test_a_gguf_file_over_ranks(tmp_path):
+    library = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    path = tmp_path / "small.gguf"
+    config = small("llama")
+    write_llama(library, path, config)
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    ids, mask = selfcheck.prompt(whole)
+    splits = Splits.of(kv=[2, 0, 1], intermediate=[32, 0, 32], vocabulary=[17, 50, 30], groups=2)
+    front = load(path, devices=["cpu"] * 3, plan=splits, check=False)
+    for own, other in zip(selfcheck.steps(front, ids, mask), selfcheck.steps(whole, ids, mask), strict=True):
+        assert (own - other).abs().max() <= selfcheck.TOLERANCE * other.std()
+    state = dict(whole.state_dict())
+    rank = front._tp_rs.models[2]
+    assert torch.equal(rank.model.layers[1].self_attn.k_proj.weight, state["model.layers.1.self_attn.k_proj.weight"][16:])
+    assert torch.equal(rank.model.layers[1].mlp.down_proj.weight, state["model.layers.1.mlp.down_proj.weight"][:, 32:])
+    front.unload()
+
+
+def write_llama(library, path, config, architecture="llama"):
+    writer = library.GGUFWriter(path, architecture)
+    writer.add_name("small")
+    writer.add_context_length(256)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(config.vocab_size)
+    generator = np.random.default_rng(0)
+
+    def add(name, *shape):
+        values = generator.standard_normal(shape).astype(np.float32) / shape[-1] ** 0.5
+        if shape[-1] % 32 == 0 and len(shape) > 1:
+            kind = library.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, library.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values + (len(shape) == 1))
+
+    hidden, width = config.hidden_size, config.intermediate_size
+    rows, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    add("token_embd.weight", config.vocab_size, hidden)
+    add("output_norm.weight", hidden)
+    add("output.weight", config.vocab_size, hidden)
+    for layer in range(config.num_hidden_layers):
+        for name, shape in {
+            "attn_norm": (hidden,),
+            "ffn_norm": (hidden,),
+            "attn_q": (rows, hidden),
+            "attn_k": (keys, hidden),
+            "attn_v": (keys, hidden),
+            "attn_output": (hidden, rows),
+            "ffn_gate": (width, hidden),
+            "ffn_up": (width, hidden),
+            "ffn_down": (hidden, width),
+        }.items():
+            add(f"blk.{layer}.{name}.weight", *shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+SPLITS = Splits.of(kv=[2, 1], intermediate=[40, 24], vocabulary=[60, 37], groups=2)
+
+
+def change(path, **changes):
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_missing_weights_are_named(folder):
+    _, path = folder("llama", shard="1GB")
+    change(path, num_hidden_layers=5)
+    with pytest.raises(ModelError, match=r"9 weights are missing: model.layers.4.input_layernorm.weight"):
+        load(path, plan=SPLITS, check=False)
+
+
+def test_weights_that_are_not_used_are_told(folder, caplog):
+    _, path = folder("llama", shard="1GB")
+    change(path, num_hidden_layers=3)
+    load(path, plan=SPLITS, check=False).unload()
+    assert "9 weights are not used: model.layers.3.input_layernorm.weight" in caplog.text
+
+
+def test_shapes_that_contradict_the_configuration(folder):
+    _, path = folder("llama", shard="1GB")
+    change(path, intermediate_size=72)
+    with pytest.raises(ModelError, match=r"mlp\.\w+\.weight: got shape \[.*\], and the configuration wants \["):
+        load(path, plan=SPLITS, check=False)
+
+
+def test_a_shard_that_is_not_there(folder):
+    _, path = folder("llama")
+    sorted(path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ModelError, match="which is not there"):
+        load(path, plan=SPLITS, check=False)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
+def test_quantised_weights_are_refused_by_name(folder, method):
+    _, path = folder("llama", shard="1GB")
+    change(path, quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(ModelError, match=f"quantised with {method}"):
+        load(path, plan=SPLITS)
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load(tmp_path / "nothing", plan=SPLITS)
+    with pytest.raises(ModelError, match=r"no config.json"):
+        load(tmp_path, plan=SPLITS)
+    with pytest.raises(InvalidInput, match="got int, wanted a folder"):
+        load(3, plan=SPLITS)
+    (tmp_path / "config.json").write_text('{"model_type": "nobody_knows"}')
+    with pytest.raises(ModelError, match="cannot read its configuration"):
+        load(tmp_path, plan=SPLITS)
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        load(tmp_path, plan=SPLITS)
+
+
+def test_gguf_of_other_architectures(tmp_path):
+    library = pytest.importorskip("gguf")
+    write_llama(library, tmp_path / "small.gguf", small("llama"), "gemma2")
+    with pytest.raises(ModelError, match=r"'gemma2' is not read in parts"):
+        load(tmp_path / "small.gguf", plan=SPLITS, check=False)
