@@ -1,6 +1,8 @@
 """The front as its users meet it: all of generate(), errors that lose nothing, unloading."""
 
 import copy
+import os
+import signal
 import sys
 import threading
 import time
@@ -61,7 +63,7 @@ def test_generate(model, front, inputs, options):
     assert torch.equal(front.generate(**inputs, **options), expected)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3_next", "deepseek_v2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3n_text", "deepseek_v2"])
 def test_generate_with_prompt_lookup(architecture):
     model = make_twin(small(architecture))
     front = ranked(model, [2, 1])
@@ -143,7 +145,8 @@ def test_the_caller_keeps_an_unchanged_model(model):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype):
-    model = make_twin(small("qwen3_moe"))
+    # Grouped products of experts take no float64 in torch.
+    model = make_twin(small("qwen3" if dtype is torch.float64 else "qwen3_moe"))
     ids, mask = selfcheck.prompt(model)
     exact = selfcheck.steps(model, ids, mask)
     whole = copy.deepcopy(model).to(dtype)
@@ -191,7 +194,7 @@ def test_refusals(model, front):
     used = model(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(InvalidInput, match="cache with tokens in it"):
         front(input_ids=ids, past_key_values=used)
-    with pytest.raises(InvalidInput, match="offloaded caches"):
+    with pytest.raises(InvalidInput, match="offloaded caches and quantised"):
         front.generate(input_ids=ids, max_new_tokens=2, cache_implementation="offloaded", pad_token_id=0)
     with pytest.raises(InvalidInput, match="dtype: got torch.int8"):
         load(model, plan=SPLITS, dtype=torch.int8)
@@ -322,15 +325,13 @@ def test_ranks_that_disagree():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_an_interrupt_during_a_step(model):
-    import _thread
-
     front = load(model, plan=SPLITS, check=False)
     ids, mask = selfcheck.prompt(model)
     slow = front._tp_rs.models[0].model.layers[0].mlp
     forward = slow.forward
 
     def wait(hidden):
-        _thread.interrupt_main()
+        os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)
         return forward(hidden)
 

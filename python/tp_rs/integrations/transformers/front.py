@@ -22,6 +22,7 @@ from tp_rs.integrations.transformers.stream import stream
 __all__ = ["make_front"]
 
 _CACHES = ("past_key_values", "cache_params")
+_REFUSED = {"offloaded", "offloaded_static", "quantized"}
 _OWN = {"_parameters", "_buffers", "_modules", "forward"}
 
 
@@ -135,6 +136,13 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:
         return self._tp_rs.run(args, kwargs)
 
     def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **named: Any) -> Any:
+        implementation = generation_config.cache_implementation
+        if implementation in _REFUSED:
+            message = (
+                f"cache_implementation: got {implementation!r}; offloaded caches and quantised ones are not spread "
+                "over ranks. Use 'dynamic' or 'static'"
+            )
+            raise InvalidInput(message)
         result = kind._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **named)
         for name in _CACHES:
             if isinstance(model_kwargs.get(name), Cache):

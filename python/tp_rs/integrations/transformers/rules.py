@@ -8,6 +8,7 @@ stays whole on every rank.
 from __future__ import annotations
 
 import logging
+import re
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ def make_layout(model: PreTrainedModel, splits: SplitSource, ranks: int) -> Layo
     decoder = _decoder(model)
     config = model.config.get_text_config()
     for name, module in model.named_modules():
-        if not name.startswith(decoder):
+        if not name.startswith(decoder) or (styles and not _planned_part(name, styles)):
             continue
         if is_experts(module):
             cut_experts(layout, name, module, splits, styles)
@@ -40,9 +41,21 @@ def make_layout(model: PreTrainedModel, splits: SplitSource, ranks: int) -> Layo
             cut_mlp(layout, name, module, splits, styles)
     _cut_others(layout, model, splits, styles)
     _cut_vocabulary(layout, model, splits)
-    for name, reason in layout.whole.items():
-        _log.warning("%s stays whole on every rank: %s", name, reason)
+    _warn(layout)
     return layout
+
+
+def _warn(layout: Layout) -> None:
+    """One line for what all layers have in common."""
+    told = {(re.sub(r"\d+", "*", name), re.sub(r"\.\d+\.", ".*.", reason)) for name, reason in layout.whole.items()}
+    for name, reason in sorted(told):
+        _log.warning("%s stays whole on every rank: %s", name, reason)
+
+
+def _planned_part(name: str, styles: dict[str, str]) -> bool:
+    """Whether a module lies in a stack of layers that a plan speaks of; towers beside it do not."""
+    stacks = {key.partition(".layers.")[0] for key in styles if ".layers." in key}
+    return not stacks or any(name.startswith(f"{stack}.layers.") for stack in stacks)
 
 
 def _decoder(model: PreTrainedModel) -> str:
