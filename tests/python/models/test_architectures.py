@@ -1,6 +1,5 @@
 """Every architecture with a plan: logits and greedy tokens over ranks are those of the whole model."""
 
-import pytest
 import torch
 from architectures import REPRESENTATIVE, planned, small
 
@@ -50,7 +49,7 @@ def test_over_ranks_as_whole(architecture):
             difference = max((a - b).abs().max() for a, b in zip(whole, own, strict=True)) / scale
             assert difference <= selfcheck.TOLERANCE, f"{kv}: off by {difference:.1e} standard deviations"
             assert torch.equal(greedy(front, ids, mask), tokens), kv
-            held = [sum(p.numel() for p in each.parameters()) for each in front._tp_rs.models]
+            held = [sum(p.numel() for p in each.parameters()) for each in front.tp_rs_runner.models]
             assert max(held) < sum(p.numel() for p in model.parameters()), f"{kv}: a rank holds everything"
         finally:
             front.unload()

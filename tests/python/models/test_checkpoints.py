@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import small
 from test_architectures import ranked
+from transformers import AutoModelForCausalLM
 
 from tp_rs.errors import InvalidInput, ModelError
 from tp_rs.integrations.transformers import Splits, gguf, load, selfcheck
@@ -54,25 +55,29 @@ def test_ranks_read_their_parts(folder, architecture, experts):
     ids, mask = selfcheck.prompt(model)
     splits = selfcheck.uneven(model.config.get_text_config(), [2, 1])
     if experts:
-        splits = Splits(splits.kv_split, splits.q_split, splits.id_split, splits.vc_split, (), [(0, 0, 4), (1, 4, 6)])
+        splits = Splits(
+            splits.kv_split, splits.q_split, splits.id_split, splits.vc_split, (), [(0, 0, 4), (1, 4, 6)]
+        )
     checkpoint = open_checkpoint(path)
     skeleton, layout = decide(checkpoint, splits, 2)
     conversion = Conversion(skeleton, checkpoint.read(skeleton))
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     for rank in range(2):
         counter = Counter()
-        part = load_rank(checkpoint, conversion, layout, rank, torch.device("cpu"), counter)
+        part = load_rank(checkpoint, conversion, layout, rank, device=torch.device("cpu"), counter=counter)
         held = {tensor.data_ptr(): tensor.nbytes for tensor in part.state_dict().values()}
         # Tied weights are stored once, and buffers that are not in the file are small.
         assert counter.bytes <= sum(held.values()) * 1.02 + 256
         assert counter.bytes < size
     front = ranked(model, [2, 1], splits)
     from_file = load(path, devices=["cpu"] * 2, plan=splits, check=False)
-    for own, other in zip(from_file._tp_rs.models, front._tp_rs.models, strict=True):
+    for own, other in zip(from_file.tp_rs_runner.models, front.tp_rs_runner.models, strict=True):
         weights = other.state_dict()
         assert all(torch.equal(weights[name], tensor) for name, tensor in own.state_dict().items())
     # Not bitwise: weights in a mapped file are aligned otherwise, and products then round otherwise.
-    for own, whole in zip(selfcheck.steps(from_file, ids, mask), selfcheck.steps(model, ids, mask), strict=True):
+    for own, whole in zip(
+        selfcheck.steps(from_file, ids, mask), selfcheck.steps(model, ids, mask), strict=True
+    ):
         assert (own - whole).abs().max() <= selfcheck.TOLERANCE * whole.std()
     from_file.unload()
     front.unload()
@@ -115,7 +120,13 @@ def test_gguf_parts_are_slices_of_the_whole_bit_for_bit(kind, heads):
         whole = np.asarray(library.dequantize(data, number), dtype=np.float32)
         if heads:
             whole = whole.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-        for start, end, first, last in [(0, 48, 0, 512), (8, 32, 0, 512), (0, 48, 256, 512), (16, 24, 32, 40), (5, 5, 0, 9)]:
+        for start, end, first, last in [
+            (0, 48, 0, 512),
+            (8, 32, 0, 512),
+            (0, 48, 256, 512),
+            (16, 24, 32, 40),
+            (5, 5, 0, 9),
+        ]:
             part = source[start:end, first:last].numpy()
             assert part.shape == (end - start, last - first)
             assert part.tobytes() == whole[start:end, first:last].tobytes()
@@ -127,8 +138,6 @@ def test_a_gguf_file_over_ranks(tmp_path):
     path = tmp_path / "small.gguf"
     config = small("llama")
     write_llama(library, path, config)
-    from transformers import AutoModelForCausalLM
-
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
     ids, mask = selfcheck.prompt(whole)
     splits = Splits.of(kv=[2, 0, 1], intermediate=[32, 0, 32], vocabulary=[17, 50, 30], groups=2)
@@ -136,9 +145,13 @@ def test_a_gguf_file_over_ranks(tmp_path):
     for own, other in zip(selfcheck.steps(front, ids, mask), selfcheck.steps(whole, ids, mask), strict=True):
         assert (own - other).abs().max() <= selfcheck.TOLERANCE * other.std()
     state = dict(whole.state_dict())
-    rank = front._tp_rs.models[2]
-    assert torch.equal(rank.model.layers[1].self_attn.k_proj.weight, state["model.layers.1.self_attn.k_proj.weight"][16:])
-    assert torch.equal(rank.model.layers[1].mlp.down_proj.weight, state["model.layers.1.mlp.down_proj.weight"][:, 32:])
+    rank = front.tp_rs_runner.models[2]
+    assert torch.equal(
+        rank.model.layers[1].self_attn.k_proj.weight, state["model.layers.1.self_attn.k_proj.weight"][16:]
+    )
+    assert torch.equal(
+        rank.model.layers[1].mlp.down_proj.weight, state["model.layers.1.mlp.down_proj.weight"][:, 32:]
+    )
     front.unload()
 
 
@@ -213,7 +226,9 @@ def test_weights_that_are_not_used_are_told(folder, caplog):
 def test_shapes_that_contradict_the_configuration(folder):
     _, path = folder("llama", shard="1GB")
     change(path, intermediate_size=72)
-    with pytest.raises(ModelError, match=r"mlp\.\w+\.weight: got shape \[.*\], and the configuration wants \["):
+    with pytest.raises(
+        ModelError, match=r"mlp\.\w+\.weight: got shape \[.*\], and the configuration wants \["
+    ):
         load(path, plan=SPLITS, check=False)
 
 

@@ -1,17 +1,19 @@
 """The front as its users meet it: all of generate(), errors that lose nothing, unloading."""
 
 import copy
+import gc
 import os
 import signal
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 from architectures import small
 from test_architectures import ranked
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from tp_rs.errors import CollectiveTimeout, InvalidInput, ModelError, TPError
@@ -70,7 +72,8 @@ def test_generate_with_prompt_lookup(architecture):
     ids = torch.randint(3, 90, (1, 5)).repeat(1, 4)
     options = {"input_ids": ids, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(
-        front.generate(**options, prompt_lookup_num_tokens=3), model.generate(**options, prompt_lookup_num_tokens=3)
+        front.generate(**options, prompt_lookup_num_tokens=3),
+        model.generate(**options, prompt_lookup_num_tokens=3),
     )
     front.unload()
 
@@ -84,7 +87,7 @@ def test_other_caches(architecture, options):
     inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 10, "pad_token_id": 0, **options}
     try:
         expected = model.generate(**inputs)
-    except Exception as error:
+    except (ValueError, AttributeError, TypeError, RuntimeError, IndexError) as error:
         pytest.skip(f"the whole model cannot: {error}")
     front = ranked(model, [2, 1, 0])
     assert torch.equal(front.generate(**inputs), expected)
@@ -103,7 +106,7 @@ def test_streamer_and_processors(model, front, inputs):
             self.ended = True
 
     class Ban(LogitsProcessor):
-        def __call__(self, input_ids, scores):
+        def __call__(self, _, scores):
             scores[:, 5:50] = -float("inf")
             return scores
 
@@ -135,7 +138,7 @@ def test_what_else_the_front_gives(model, front):
 def test_the_caller_keeps_an_unchanged_model(model):
     before = copy.deepcopy(model.state_dict())
     front = load(model, plan=SPLITS, check=False)
-    for rank in front._tp_rs.models:
+    for rank in front.tp_rs_runner.models:
         for parameter in rank.parameters():
             parameter.data.fill_(3)
     front.unload()
@@ -150,7 +153,10 @@ def test_dtypes(dtype):
     ids, mask = selfcheck.prompt(model)
     exact = selfcheck.steps(model, ids, mask)
     whole = copy.deepcopy(model).to(dtype)
-    rounding = [(own.float() - each).pow(2).mean().sqrt() for own, each in zip(selfcheck.steps(whole, ids, mask), exact, strict=True)]
+    rounding = [
+        (own.float() - each).pow(2).mean().sqrt()
+        for own, each in zip(selfcheck.steps(whole, ids, mask), exact, strict=True)
+    ]
     front = load(model, plan=selfcheck.uneven(model.config, [2, 1]), dtype=dtype, check=False)
     assert front.dtype is dtype
     for own, each, error in zip(selfcheck.steps(front, ids, mask), exact, rounding, strict=True):
@@ -159,10 +165,10 @@ def test_dtypes(dtype):
 
 
 def test_a_failing_rank_ends_the_call_and_nothing_else(front, model, inputs):
-    broken = front._tp_rs.models[1].model.layers[2].mlp
+    broken = front.tp_rs_runner.models[1].model.layers[2].mlp
     forward = broken.forward
 
-    def fail(hidden):
+    def fail(_):
         message = "no more memory"
         raise MemoryError(message)
 
@@ -196,7 +202,7 @@ def test_refusals(model, front):
         front(input_ids=ids, past_key_values=used)
     with pytest.raises(InvalidInput, match="offloaded caches and quantised"):
         front.generate(input_ids=ids, max_new_tokens=2, cache_implementation="offloaded", pad_token_id=0)
-    with pytest.raises(InvalidInput, match="dtype: got torch.int8"):
+    with pytest.raises(InvalidInput, match=r"dtype: got torch\.int8"):
         load(model, plan=SPLITS, dtype=torch.int8)
     with pytest.raises(InvalidInput, match="context: got 257, wanted 1 to 256"):
         load(model, plan=SPLITS, context=257)
@@ -217,12 +223,9 @@ def test_refusals(model, front):
 
 
 def test_unloading(model):
-    import gc
-    import weakref
-
     front = load(model, plan=SPLITS, check=False)
     names = [thread.name for thread in threading.enumerate() if thread.name.startswith("tp_rs rank")]
-    weight = weakref.ref(front._tp_rs.models[0].model.layers[0].mlp.up_proj.weight)
+    weight = weakref.ref(front.tp_rs_runner.models[0].model.layers[0].mlp.up_proj.weight)
     front.unload()
     front.unload()
     gc.collect()
@@ -290,7 +293,9 @@ def test_collectives(ranks, dtype):
     exact = sum(term.double() for term in terms)
     for rank in range(ranks):
         assert torch.equal(sums[rank], sums[0])
-        assert (sums[rank].double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max().clamp(min=1)
+        assert (sums[rank].double() - exact).abs().max() <= 8 * torch.finfo(
+            dtype
+        ).eps * exact.abs().max().clamp(min=1)
         assert torch.equal(out[rank][0], torch.cat(parts, -1))
         assert (out[rank][1] is None) == (rank != ranks - 1)
         assert torch.equal(out[rank][2], terms[-1])
@@ -317,7 +322,9 @@ def test_ranks_that_disagree():
     thread = threading.Thread(target=work)
     thread.start()
     time.sleep(0.05)
-    with pytest.raises(TPError, match=r"do not agree: rank 0 in all_reduce \(2,\).*; rank 1 in all_reduce \(3,\)"):
+    with pytest.raises(
+        TPError, match=r"do not agree: rank 0 in all_reduce \(2,\).*; rank 1 in all_reduce \(3,\)"
+    ):
         collectives.all_reduce_(1, torch.zeros(3))
     thread.join()
     assert "do not agree" in seen[0]
@@ -327,7 +334,7 @@ def test_ranks_that_disagree():
 def test_an_interrupt_during_a_step(model):
     front = load(model, plan=SPLITS, check=False)
     ids, mask = selfcheck.prompt(model)
-    slow = front._tp_rs.models[0].model.layers[0].mlp
+    slow = front.tp_rs_runner.models[0].model.layers[0].mlp
     forward = slow.forward
 
     def wait(hidden):

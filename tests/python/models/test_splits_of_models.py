@@ -1,5 +1,7 @@
 """Splits beyond whole KV heads: shared heads, whole experts, one router, and what every rank then holds."""
 
+import itertools
+
 import pytest
 import torch
 from architectures import small
@@ -23,7 +25,9 @@ def check(model, front):
 def shared(queries):
     """Query heads by rank over 3 KV heads of 2 query heads each."""
     starts = [sum(queries[:rank]) for rank in range(len(queries))]
-    query = [(rank, start, start + count) for rank, (start, count) in enumerate(zip(starts, queries, strict=True))]
+    query = [
+        (rank, start, start + count) for rank, (start, count) in enumerate(zip(starts, queries, strict=True))
+    ]
     return Splits(
         kv_split=[(rank, start // 2, -(-end // 2)) for rank, start, end in query],
         q_split=query,
@@ -40,7 +44,8 @@ def test_a_kv_head_on_several_ranks(architecture, queries):
 
 
 @pytest.mark.parametrize(
-    "architecture", ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2", "gpt_oss", "llama4_text", "inkling_text"]
+    "architecture",
+    ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2", "gpt_oss", "llama4_text", "inkling_text"],
 )
 @pytest.mark.parametrize("experts", [[4, 2], [0, 6], [1, 0, 5]])
 def test_whole_experts(architecture, experts):
@@ -48,7 +53,11 @@ def test_whole_experts(architecture, experts):
     kv = [2, 1, 0][: len(experts)]
     base = selfcheck.uneven(model.config.get_text_config(), kv)
     splits = Splits.of(
-        kv=kv, intermediate=[24, 16, 24][: len(kv)], vocabulary=[20, 77, 0][: len(kv)], groups=2, experts=experts
+        kv=kv,
+        intermediate=[24, 16, 24][: len(kv)],
+        vocabulary=[20, 77, 0][: len(kv)],
+        groups=2,
+        experts=experts,
     )
     splits = Splits(splits.kv_split, base.q_split, splits.id_split, splits.vc_split, (), splits.experts_split)
     check(model, ranked(model, kv, splits))
@@ -78,7 +87,7 @@ def test_scaled_splits_cover_everything(total, unit):
     held = [interval for interval in intervals if interval[0] != interval[1]]
     assert held[0][0] == 0
     assert held[-1][1] == total
-    assert all(left[1] == right[0] for left, right in zip(held, held[1:], strict=False))
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(held))
     assert intervals[1] == intervals[4] == (0, 0)
     if total == 64 and unit == 1:
         assert intervals == [(0, 20), (0, 0), (20, 50), (50, 64), (0, 0)]

@@ -5,24 +5,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from tp_rs.errors import DoesNotFit
-from tp_rs.integrations.transformers.checkpoint import Checkpoint
-from tp_rs.integrations.transformers.communication import Collectives
 from tp_rs.integrations.transformers.conversion import Conversion
 from tp_rs.integrations.transformers.execution import Ranks
 from tp_rs.integrations.transformers.front import make_front
-from tp_rs.integrations.transformers.layout import Layout
 from tp_rs.integrations.transformers.loader import load_rank, make_skeleton
 from tp_rs.integrations.transformers.rules import make_layout
 from tp_rs.integrations.transformers.sources import Counter
-from tp_rs.integrations.transformers.splits import SplitSource
-from tp_rs.integrations.transformers.stub import Returns
 from tp_rs.integrations.transformers.wire import wire
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tp_rs.integrations.transformers.checkpoint import Checkpoint
+    from tp_rs.integrations.transformers.communication import Collectives
+    from tp_rs.integrations.transformers.layout import Layout
+    from tp_rs.integrations.transformers.splits import SplitSource
+    from tp_rs.integrations.transformers.stub import Returns
 
 __all__ = ["Progress", "assemble", "decide"]
 
@@ -65,7 +68,11 @@ def assemble(
     models: list[PreTrainedModel] = []
     for rank, device in enumerate(devices):
         try:
-            models.append(load_rank(checkpoint, conversion, layout, rank, device, Counter(rank, progress)))
+            models.append(
+                load_rank(
+                    checkpoint, conversion, layout, rank, device=device, counter=Counter(rank, progress)
+                )
+            )
         except (torch.OutOfMemoryError, MemoryError) as error:
             models.clear()
             message = f"rank {rank}: {device} ran out of memory while loading; give it a smaller share"

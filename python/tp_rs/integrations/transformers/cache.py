@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.cache_utils import Cache
 
 from tp_rs.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["RankedCache"]
 
@@ -34,7 +36,9 @@ class RankedCache(Cache):
             message = "cache: offloaded caches do not work over ranks; each rank holds its own part already"
             raise InvalidInput(message)
         if any(getattr(layer, "keys", None) is not None for layer in getattr(cache, "layers", [])):
-            message = "past_key_values: got a cache with tokens in it, wanted an empty one or one from this model"
+            message = (
+                "past_key_values: got a cache with tokens in it, wanted an empty one or one from this model"
+            )
             raise InvalidInput(message)
         return cls([copy.deepcopy(cache) for _ in range(ranks)], lead)
 
@@ -59,8 +63,9 @@ class RankedCache(Cache):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        for cache in self.caches:
-            cache.reset()
+        each: Any
+        for each in self.caches:
+            each.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the sequences, for beam search."""
@@ -84,5 +89,6 @@ class RankedCache(Cache):
 
     def activate_past_recording(self) -> None:
         """Keep what a later `crop` may need."""
-        for cache in self.caches:
-            cache.activate_past_recording()
+        each: Any
+        for each in self.caches:
+            each.activate_past_recording()

@@ -144,13 +144,13 @@ def _files(path: Path, kept: list[Any]) -> dict[str, Source]:
             raise ModelError(message)
         sources: dict[str, Source] = {}
         for name in names:
-            file = safe_open(str(path / name), framework="pt")
+            file: Any = safe_open(str(path / name), framework="pt")
             kept.append(file)
             sources.update({key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118  not a dict
         return sources
     tensors = {}
-    for file in sorted(path.glob("pytorch_model*.bin")):
-        tensors.update(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+    for pickled in sorted(path.glob("pytorch_model*.bin")):
+        tensors.update(torch.load(pickled, map_location="cpu", mmap=True, weights_only=True))
     if not tensors:
         message = f"{path}: no .safetensors and no pytorch_model*.bin in it"
         raise ModelError(message)
@@ -164,10 +164,12 @@ def _class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.can_generate():
             return kind
     with suppress(KeyError):
-        found = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        found: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
-    message = f"{config.model_type}: transformers {transformers.__version__} has no causal language model of it"
+    message = (
+        f"{config.model_type}: transformers {transformers.__version__} has no causal language model of it"
+    )
     raise ModelError(message)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import threading
+
+    import torch
 
 __all__ = ["Collectives", "Link"]
 
@@ -44,6 +46,8 @@ class Link:
         self.rank = rank
         self.ranks = ranks
         self.collectives = collectives
+        self.epoch = 0
+        """Communicators so far. It grows with every failed call."""
         self._baton = baton
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:

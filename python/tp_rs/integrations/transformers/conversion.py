@@ -7,11 +7,11 @@ every rank reads only those.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -24,15 +24,49 @@ from transformers.core_model_loading import (
 )
 
 from tp_rs.errors import ModelError
-from tp_rs.integrations.transformers.layout import Cut, Layout
 from tp_rs.integrations.transformers.sources import Counter, Part, Source
-from tp_rs.integrations.transformers.splits import Interval
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from tp_rs.integrations.transformers.layout import Cut, Layout
+    from tp_rs.integrations.transformers.splits import Interval
 
 __all__ = ["Conversion"]
 
 
 class _Unknown(Exception):
     """An operation that intervals cannot be pushed through."""
+
+
+@dataclass
+class _Group:
+    """The checkpoint's tensors that one converter makes parameters of."""
+
+    name: str
+    converter: WeightConverter
+    keys: dict[str, list[str]] = field(default_factory=dict)
+    """By the pattern that they matched."""
+
+
+@dataclass
+class _Path:
+    """Intervals on their way backwards through a converter's operations."""
+
+    dim: int
+    whole: dict[str, tuple[Interval, ...]]
+    stacked: int = 0
+    """Dimensions that a later operation of the loader puts in front."""
+    chosen: tuple[Interval, ...] | None = None
+    """Which tensors of a stack the rank takes, whole."""
+
+
+@dataclass(frozen=True)
+class _Share:
+    rank: int
+    counter: Counter
 
 
 class Conversion:
@@ -51,7 +85,7 @@ class Conversion:
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._plain: dict[str, list[str]] = {}
-        self._groups: dict[str, tuple[WeightConverter, dict[str, list[str]]]] = {}
+        self._groups: dict[str, _Group] = {}
         for key in sorted(sources, key=dot_natural_key):
             self._place(key)
 
@@ -63,8 +97,8 @@ class Conversion:
             self._plain.setdefault(name, []).append(key)
             return
         converter = next(entry for entry in self._converters if pattern in entry.source_patterns)
-        group = self._groups.setdefault(name, (converter, {}))
-        group[1].setdefault(pattern, []).append(key)
+        group = self._groups.setdefault(name, _Group(name, converter))
+        group.keys.setdefault(pattern, []).append(key)
 
     def _rename(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
         prefix = self._model.base_model_prefix
@@ -82,21 +116,21 @@ class Conversion:
             cut = layout.cuts.get(name)
             for key in keys:
                 self._check(name, key)
-                cuts = {} if cut is None else {cut.dim: cut.ranks[rank]}
+                cuts: dict[int, Sequence[Interval]] = {} if cut is None else {cut.dim: cut.ranks[rank]}
                 state[key] = Part(self._sources[key], cuts, counter)
-        for name, (converter, keys_of) in self._groups.items():
-            targets = self._targets(name, converter)
-            cut = layout.cuts.get(name)
+        share = _Share(rank, counter)
+        for group in self._groups.values():
+            targets = self._targets(group.name, group.converter)
+            cut = layout.cuts.get(group.name)
             if all(target not in layout.cuts for target in targets):
-                for keys in keys_of.values():
+                for keys in group.keys.values():
                     state.update({key: Part(self._sources[key], {}, counter) for key in keys})
                 continue
-            try:
-                if cut is None or len(targets) > 1:
-                    raise _Unknown
-                state.update(self._push(name, converter, keys_of, cut, rank, counter))
-            except _Unknown:
-                state.update(self._converted(name, converter, keys_of, layout, rank, counter))
+            pushed = None
+            if cut is not None and len(targets) == 1:
+                with suppress(_Unknown):
+                    pushed = self._push(group, cut, share)
+            state.update(self._converted(group, layout, share) if pushed is None else pushed)
         return state
 
     def _check(self, name: str, key: str) -> None:
@@ -110,76 +144,62 @@ class Conversion:
         first, *others = converter.target_patterns
         return [name, *(name.replace(first, other) for other in others)]
 
-    def _push(
-        self,
-        name: str,
-        converter: WeightConverter,
-        keys_of: dict[str, list[str]],
-        cut: Cut,
-        rank: int,
-        counter: Counter,
-    ) -> dict[str, Any]:
-        ordered = [pattern for pattern in converter.source_patterns if pattern in keys_of]
-        dim, whole = cut.dim, {pattern: tuple(cut.ranks[rank]) for pattern in ordered}
-        merged = any(isinstance(each, MergeModulelist) for each in converter.operations)
-        stacked = 1 if merged else 0
-        chosen: tuple[Interval, ...] | None = None
-        for operation in reversed(converter.operations):
+    def _push(self, group: _Group, cut: Cut, share: _Share) -> dict[str, Any]:
+        """Cut the tensors of one group so that the operations, run on the parts, give the rank's part."""
+        ordered = [pattern for pattern in group.converter.source_patterns if pattern in group.keys]
+        path = _Path(cut.dim, {pattern: tuple(cut.ranks[share.rank]) for pattern in ordered})
+        path.stacked = int(any(isinstance(each, MergeModulelist) for each in group.converter.operations))
+        for operation in reversed(group.converter.operations):
             if isinstance(operation, Concatenate):
-                if operation.num_shards_attribute is not None or operation.dim != dim:
-                    if operation.dim != dim and operation.num_shards_attribute is None:
-                        continue
-                    raise _Unknown
-                if dim == 0 and stacked:
-                    raise _Unknown
-                sizes = [self._sources[keys_of[each][0]].get_shape()[dim - stacked] for each in ordered]
-                if not stacked and any(len(keys_of[each]) != 1 for each in ordered):
-                    raise _Unknown
-                whole = dict(zip(ordered, _apart(cut.ranks[rank], sizes), strict=True))
+                self._through_concatenate(operation, path, group, ordered)
             elif isinstance(operation, MergeModulelist) and operation.dim == 0:
-                if dim == 0:
-                    chosen = whole[ordered[0]]
-                dim, stacked = dim - 1, 0
-            elif isinstance(operation, Transpose) and not operation.check_dims and not stacked:
+                path.chosen = path.whole[ordered[0]] if path.dim == 0 else None
+                path.dim, path.stacked = path.dim - 1, 0
+            elif isinstance(operation, Transpose) and not operation.check_dims and not path.stacked:
                 dims = {operation.dim0: operation.dim1, operation.dim1: operation.dim0}
-                dim = dims.get(dim, dim)
+                path.dim = dims.get(path.dim, path.dim)
             else:
                 raise _Unknown
         state: dict[str, Any] = {}
         for pattern in ordered:
-            keys = keys_of[pattern]
-            if chosen is not None:
-                keys = [keys[each] for start, end in chosen for each in range(start, end)]
-                state.update({key: Part(self._sources[key], {}, counter) for key in keys})
-            else:
-                state.update({key: Part(self._sources[key], {dim: whole[pattern]}, counter) for key in keys})
+            keys, cuts = group.keys[pattern], {path.dim: path.whole[pattern]}
+            if path.chosen is not None:
+                keys, cuts = [keys[each] for start, end in path.chosen for each in range(start, end)], {}
+            state.update({key: Part(self._sources[key], cuts, share.counter) for key in keys})
         if not state:
-            shape = list(self._shapes[name])
+            shape = list(self._shapes[group.name])
             shape[cut.dim] = 0
-            state[name] = torch.empty(shape)
+            state[group.name] = torch.empty(shape)
         return state
 
-    def _converted(
-        self,
-        name: str,
-        converter: WeightConverter,
-        keys_of: dict[str, list[str]],
-        layout: Layout,
-        rank: int,
-        counter: Counter,
-    ) -> dict[str, Any]:
+    def _through_concatenate(
+        self, operation: Concatenate, path: _Path, group: _Group, ordered: list[str]
+    ) -> None:
+        if operation.num_shards_attribute is not None:
+            raise _Unknown
+        if operation.dim != path.dim:
+            return
+        if path.stacked > path.dim or (
+            not path.stacked and any(len(group.keys[each]) != 1 for each in ordered)
+        ):
+            raise _Unknown
+        sizes = [self._sources[group.keys[each][0]].get_shape()[path.dim - path.stacked] for each in ordered]
+        path.whole = dict(zip(ordered, _apart(path.whole[ordered[0]], sizes), strict=True))
+
+    def _converted(self, group: _Group, layout: Layout, share: _Share) -> dict[str, Any]:
         """Read one group whole, convert it, and cut what comes out."""
-        own = copy.deepcopy(converter)
-        for pattern, keys in keys_of.items():
+        own: Any = copy.deepcopy(group.converter)
+        for pattern, keys in group.keys.items():
             for key in keys:
-                whole = Part(self._sources[key], {}, counter)
-                own.add_tensor(name, key, pattern, lambda whole=whole: whole[...])
+                whole = Part(self._sources[key], {}, share.counter)
+                own.add_tensor(group.name, key, pattern, lambda whole=whole: whole[...])
         state: dict[str, Any] = {}
-        for target, value in own.convert(name, model=self._model, config=self._model.config).items():
+        converted = own.convert(group.name, model=self._model, config=self._model.config)
+        for target, value in converted.items():
             tensor = value[0] if isinstance(value, list) else value
             cut = layout.cuts.get(target)
             if cut is not None:
-                pieces = [tensor.narrow(cut.dim, start, end - start) for start, end in cut.ranks[rank]]
+                pieces = [tensor.narrow(cut.dim, start, end - start) for start, end in cut.ranks[share.rank]]
                 tensor = torch.cat(pieces, dim=cut.dim) if pieces else tensor.narrow(cut.dim, 0, 0)
             state[target] = tensor.contiguous()
         return state

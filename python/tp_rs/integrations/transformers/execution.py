@@ -73,7 +73,9 @@ class Ranks:
         while len(results) < len(self._links):
             try:
                 rank, result, error = self._done.get()
-            except BaseException as interrupt:  # Ctrl-C: the ranks must come out of their waits before it goes on
+            except (
+                BaseException
+            ) as interrupt:  # Ctrl-C: the ranks must come out of their waits before it goes on
                 failure = interrupt
                 self._links[0].collectives.abort("interrupted")
                 continue
@@ -84,6 +86,7 @@ class Ranks:
             fresh = self._make(len(self._links))
             for link in self._links:
                 link.collectives = fresh
+                link.epoch += 1
             raise failure
         return [results[rank] for rank in range(len(self._links))]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,9 +14,13 @@ from transformers.cache_utils import Cache
 
 from tp_rs.errors import InvalidInput
 from tp_rs.integrations.transformers.cache import RankedCache
-from tp_rs.integrations.transformers.communication import Link
-from tp_rs.integrations.transformers.execution import Ranks
 from tp_rs.integrations.transformers.stream import stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tp_rs.integrations.transformers.communication import Link
+    from tp_rs.integrations.transformers.execution import Ranks
 
 __all__ = ["make_front"]
 
@@ -41,7 +44,7 @@ def make_front(models: list[PreTrainedModel], ranks: Ranks, devices: list[torch.
             front.__dict__[name] = value
     front.__dict__["config"] = copy.deepcopy(models[lead].config)
     front.__dict__["generation_config"] = copy.deepcopy(models[lead].generation_config)
-    front.__dict__["_tp_rs"] = _Runner(models, ranks, devices, lead)
+    front.__dict__["tp_rs_runner"] = _Runner(models, ranks, devices, lead)
     return front
 
 
@@ -66,7 +69,9 @@ class _Runner:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("output_attentions"):
-            message = "output_attentions: no rank has all heads; load the model unsharded to see attention weights"
+            message = (
+                "output_attentions: no rank has all heads; load the model unsharded to see attention weights"
+            )
             raise InvalidInput(message)
         self._check_length(args, kwargs)
         caches = {name: self.spread(kwargs[name]) for name in _CACHES if isinstance(kwargs.get(name), Cache)}
@@ -96,8 +101,8 @@ class _Runner:
                 past = int(cache.get_seq_length())
         if past + tokens.shape[1] > self.context:
             message = (
-                f"the sequence has {past + tokens.shape[1]} tokens, and the model was loaded for {self.context}; "
-                "shorten it or load with a larger context"
+                f"the sequence has {past + tokens.shape[1]} tokens, and the model was loaded for "
+                f"{self.context}; shorten it or load with a larger context"
             )
             raise InvalidInput(message)
 
@@ -128,30 +133,33 @@ def _move(value: Any, device: torch.device) -> Any:
 
 
 @functools.cache
-def _class_of(kind: type[PreTrainedModel]) -> Any:
+def _class_of(kind: type[PreTrainedModel]) -> Any:  # noqa: C901  one function for each name of the class
+    whole: Any = kind
     forward: Callable[..., Any] = kind.forward
 
     @functools.wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._tp_rs.run(args, kwargs)
+        return self.tp_rs_runner.run(args, kwargs)
 
-    def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **named: Any) -> Any:
+    def prepare(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **named: Any
+    ) -> Any:
         implementation = generation_config.cache_implementation
         if implementation in _REFUSED:
             message = (
-                f"cache_implementation: got {implementation!r}; offloaded caches and quantised ones are not spread "
-                "over ranks. Use 'dynamic' or 'static'"
+                f"cache_implementation: got {implementation!r}; offloaded caches and quantised ones are not "
+                "spread over ranks. Use 'dynamic' or 'static'"
             )
             raise InvalidInput(message)
-        result = kind._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **named)
+        result = whole._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **named)  # noqa: SLF001  what generate calls
         for name in _CACHES:
             if isinstance(model_kwargs.get(name), Cache):
-                model_kwargs[name] = self._tp_rs.spread(model_kwargs[name])
+                model_kwargs[name] = self.tp_rs_runner.spread(model_kwargs[name])
         return result
 
     def missing(self: Any, name: str) -> Any:
         # Preparing inputs may look at a body or a head; the leading rank's has the same attributes.
-        runner = self.__dict__.get("_tp_rs")
+        runner = self.__dict__.get("tp_rs_runner")
         if runner is None or not runner.models or name.startswith("__"):
             raise AttributeError(name)
         return getattr(runner.models[runner.lead], name)
@@ -161,12 +169,12 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:
         return False
 
     def parts(self: Any, implementation: Any) -> None:
-        for model in self._tp_rs.models:
+        for model in self.tp_rs_runner.models:
             model.set_experts_implementation(implementation)
 
     def write(self: Any, prompt: str, *, tokenizer: Any = None, **options: Any) -> Iterator[str]:
         """Yield the text that follows a prompt; takes what `generate` takes."""
-        source = self._tp_rs.tokenizer_source
+        source = self.tp_rs_runner.tokenizer_source
         if tokenizer is None and source is None:
             message = "tokenizer: there is none beside the model; pass one"
             raise InvalidInput(message)
@@ -174,7 +182,7 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:
 
     def unload(self: Any) -> None:
         """Give all memory back. Calling it again does nothing."""
-        self._tp_rs.unload()
+        self.tp_rs_runner.unload()
 
     return type(
         kind.__name__,
@@ -188,9 +196,9 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:
             "set_experts_implementation": parts,
             "stream": write,
             "unload": unload,
-            "plan": property(lambda self: self._tp_rs.plan),
-            "context": property(lambda self: self._tp_rs.context),
-            "device": property(lambda self: self._tp_rs.devices[self._tp_rs.lead]),
-            "dtype": property(lambda self: self._tp_rs.dtype),
+            "plan": property(lambda self: self.tp_rs_runner.plan),
+            "context": property(lambda self: self.tp_rs_runner.context),
+            "device": property(lambda self: self.tp_rs_runner.devices[self.tp_rs_runner.lead]),
+            "dtype": property(lambda self: self.tp_rs_runner.dtype),
         },
     )

@@ -1,15 +1,17 @@
-"""Reading parts of GGUF tensors: whole blocks of rows or columns are taken from the file and decoded alone."""
+"""Parts of GGUF tensors: the blocks that hold them are taken from the file and decoded alone."""
 
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from tp_rs.errors import ModelError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["ARCHITECTURES", "read"]
 
@@ -55,7 +57,9 @@ class GgufSource:
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Decode a part: rows and columns by slices."""
         slices = list(index) if isinstance(index, tuple) else [slice(None)]
-        start, end, _ = slices[0].indices(self._shape[0]) if slices[0] is not Ellipsis else (0, self._shape[0], 1)
+        start, end, _ = (
+            slices[0].indices(self._shape[0]) if slices[0] is not Ellipsis else (0, self._shape[0], 1)
+        )
         low, high = (start, end) if not self._rows else self._whole_heads(start, end)
         data = self._data[low:high]
         first, last, skip = 0, 0, 0

@@ -13,8 +13,8 @@ __all__ = ["divide_heads", "rows"]
 def divide_heads(splits: SplitSource, ranks: int, queries: int, kv: int) -> tuple[Heads, ...]:
     """The heads of every rank, for an attention of its own head counts.
 
-    An attention with the plan's counts follows its query split, copies of KV heads included. Any other follows
-    its proportions in whole KV heads.
+    An attention with the plan's counts follows its query split, copies of KV heads included. Any other
+    follows its proportions in whole KV heads.
     """
     planned = cover(splits.q_split, ranks)
     if max((end for _, end in planned), default=0) == queries and _kv_total(splits) == kv:

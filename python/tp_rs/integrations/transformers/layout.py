@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from tp_rs.integrations.transformers.splits import Interval
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tp_rs.integrations.transformers.splits import Interval
 
 __all__ = ["Attention", "Collective", "Cut", "Heads", "Kind", "Layout", "width"]
 
@@ -23,7 +26,7 @@ class Cut:
     dim: int
     """The dimension that is cut."""
     ranks: tuple[tuple[Interval, ...], ...]
-    """The intervals of every rank, in the order in which they lie in the rank's tensor. One may come twice."""
+    """The intervals of every rank, as they lie in the rank's tensor. One may come twice."""
 
     def size(self, rank: int) -> int:
         """Elements along `dim` on a rank."""

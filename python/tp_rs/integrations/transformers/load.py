@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,9 +11,13 @@ from tp_rs.integrations.transformers import selfcheck
 from tp_rs.integrations.transformers.assemble import Progress, assemble, decide
 from tp_rs.integrations.transformers.checkpoint import Checkpoint, open_checkpoint
 from tp_rs.integrations.transformers.collectives import ThreadCollectives
-from tp_rs.integrations.transformers.communication import Collectives
-from tp_rs.integrations.transformers.splits import Split, SplitSource
 from tp_rs.integrations.transformers.verified import VERIFIED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from tp_rs.integrations.transformers.communication import Collectives
+    from tp_rs.integrations.transformers.splits import Split, SplitSource
 
 __all__ = ["load"]
 
@@ -59,7 +62,9 @@ def load(
         FileNotFoundError: The path does not exist.
     """
     if dtype is not None and dtype not in _SUMMED:
-        message = f"dtype: got {dtype}, wanted one that sums can be made in: float32, bfloat16, float16, float64"
+        message = (
+            f"dtype: got {dtype}, wanted one that sums can be made in: float32, bfloat16, float16, float64"
+        )
         raise InvalidInput(message)
     checkpoint = open_checkpoint(model, dtype)
     limit = _limit(checkpoint, context)
@@ -80,7 +85,7 @@ def load(
     if check or (check is None and unknown):
         selfcheck.ensure(checkpoint.kind, checkpoint.config, len(places), collectives)
     front = assemble(checkpoint, skeleton, layout, places, collectives=collectives, progress=progress)
-    runner = front._tp_rs  # noqa: SLF001  its own
+    runner = front.tp_rs_runner
     runner.plan = plan
     runner.context = context or getattr(plan, "context", None) or limit
     runner.tokenizer_source = checkpoint.tokenizer
@@ -104,7 +109,7 @@ def _places(plan: SplitSource, devices: Iterable[object] | None) -> list[torch.d
     ranks = getattr(plan, "ranks", None)
     named = [each.device for each in ranks] if ranks is not None else ["cpu"] * count
     if devices is not None:
-        named = list(devices)  # type: ignore[arg-type]  # whatever torch.device takes
+        named = list(devices)
     if len(named) < count:
         message = f"devices: got {len(named)}, and the plan is for {count} ranks"
         raise InvalidInput(message)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tp_rs.errors import ModelError
-from tp_rs.integrations.transformers.checkpoint import Checkpoint
-from tp_rs.integrations.transformers.conversion import Conversion
-from tp_rs.integrations.transformers.layout import Layout
 from tp_rs.integrations.transformers.shrink import shrink
 from tp_rs.integrations.transformers.sources import Counter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from tp_rs.integrations.transformers.checkpoint import Checkpoint
+    from tp_rs.integrations.transformers.conversion import Conversion
+    from tp_rs.integrations.transformers.layout import Layout
 
 __all__ = ["load_rank", "make_skeleton"]
 
@@ -28,11 +32,11 @@ _building = threading.RLock()
 _SHOWN = 5
 
 
-def make_skeleton(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def make_skeleton(kind: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The whole model on the meta device: shapes and modules, no memory."""
     with _building, torch.device("meta"):
-        skeleton: PreTrainedModel = kind._from_config(config, dtype=dtype)  # noqa: SLF001  no public name
-    return skeleton.eval()
+        skeleton: PreTrainedModel = kind._from_config(config, dtype=dtype).eval()  # noqa: SLF001  no public name
+    return skeleton
 
 
 def load_rank(
@@ -40,6 +44,7 @@ def load_rank(
     conversion: Conversion,
     layout: Layout,
     rank: int,
+    *,
     device: torch.device,
     counter: Counter | None = None,
 ) -> PreTrainedModel:
@@ -49,7 +54,7 @@ def load_rank(
         ModelError: Weights are missing or do not fit the configuration.
     """
     state = conversion.state(layout, rank, counter or Counter())
-    kind = _cut_class(checkpoint.kind, layout, rank)
+    kind: Any = _cut_class(checkpoint.kind, layout, rank)
     with _building, _quiet():
         try:
             model, report = kind.from_pretrained(
@@ -71,13 +76,14 @@ def load_rank(
 @contextmanager
 def _quiet() -> Iterator[None]:
     # transformers would show a bar a rank for every load; ours is told through the counter.
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    bars: Any = transformers_logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()
+            bars.enable_progress_bar()
 
 
 def _cut_class(kind: type[PreTrainedModel], layout: Layout, rank: int) -> type[PreTrainedModel]:

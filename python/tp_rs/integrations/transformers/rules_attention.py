@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from tp_rs.integrations.transformers.heads import divide_heads, rows
 from tp_rs.integrations.transformers.layout import Attention, Collective, Cut, Heads, Kind, Layout
-from tp_rs.integrations.transformers.splits import Interval, SplitSource
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tp_rs.integrations.transformers.splits import Interval, SplitSource
 
 __all__ = ["cut_attention", "is_attention"]
 
+_MATRIX = 2
 _OUT = ("o_proj", "dense", "out_proj", "wo", "c_proj")
 _QUERY = ("q_proj", "q_b_proj", "query", "wq")
 _KEY_VALUE = ("k_proj", "v_proj", "key", "value", "wk", "wv")
@@ -39,11 +43,11 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def cut_attention(
-    layout: Layout, name: str, module: nn.Module, splits: SplitSource, config: Any, styles: dict[str, str]
+    layout: Layout, name: str, module: nn.Module, *, splits: SplitSource, config: Any, styles: dict[str, str]
 ) -> None:
     """Cut an attention, or say why it stays whole."""
     try:
-        part = _Part(name, module, splits, config, styles, layout.ranks)
+        part = _Part(name, module, splits=splits, config=config, styles=styles, ranks=layout.ranks)
     except _CannotCut as reason:
         layout.whole[name] = str(reason)
         return
@@ -61,6 +65,7 @@ class _Part:
         self,
         name: str,
         module: nn.Module,
+        *,
         splits: SplitSource,
         config: Any,
         styles: dict[str, str],
@@ -71,7 +76,9 @@ class _Part:
         self.styles = styles
         self.cuts: dict[str, Cut] = {}
         self.collectives: list[Collective] = []
-        self.linears = {leaf: child for leaf, child in module.named_children() if isinstance(child, nn.Linear)}
+        self.linears = {
+            leaf: child for leaf, child in module.named_children() if isinstance(child, nn.Linear)
+        }
         self.queries, self.kv = self._counts(config)
         self.ranks = divide_heads(splits, ranks, self.queries, self.kv)
         self._cut_linears()
@@ -176,7 +183,9 @@ class _Part:
         self._by_heads(leaf, "weight", 1, self.kv, keys=True)
         self._meet(leaf, Kind.SUM_OWN_HEADS, tuple(rows(rank, 1, keys=True) for rank in self.ranks))
 
-    def _meet(self, leaf: str, kind: Kind, ranks: tuple[tuple[Interval, ...], ...] = (), total: int = 0) -> None:
+    def _meet(
+        self, leaf: str, kind: Kind, ranks: tuple[tuple[Interval, ...], ...] = (), total: int = 0
+    ) -> None:
         self.collectives.append(Collective(f"{self.name}.{leaf}", kind, ranks, total))
 
     def _norms(self) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
@@ -190,7 +199,7 @@ class _Part:
         for leaf, child, weight in self._norms():
             keys = leaf.startswith("k")
             heads, wide = (self.kv, key) if keys else (self.queries, query if leaf.startswith("q") else out)
-            if weight.ndim == 2 and weight.shape[0] == heads:
+            if weight.ndim == _MATRIX and weight.shape[0] == heads:
                 self._by_heads(leaf, "weight", 0, heads, keys=keys)
             elif weight.ndim == 1 and heads > 1 and weight.shape[0] == wide and _in_place(leaf):
                 self._wide(leaf, child, heads, keys=keys)
@@ -211,13 +220,15 @@ class _Part:
             raise _CannotCut(f"{leaf} spans all KV heads, and one is on several ranks")
         self._by_heads(leaf, "weight", 0, heads, keys=keys)
         cut = self.cuts[f"{self.name}.{leaf}.weight"]
-        self._meet(leaf, Kind.WIDE_NORM, cut.ranks, int(child.weight.shape[0]))  # type: ignore[union-attr,operator]
+        self._meet(leaf, Kind.WIDE_NORM, cut.ranks, child.get_parameter("weight").shape[0])
 
     def _check_known(self) -> None:
         """Where no plan speaks of the module, every part of it must be one that the rules know."""
         if any(key.startswith(f"{self.name}.") for key in self.styles):
             return
-        if not any(leaf in self.linears for leaf in _LATENT) and not hasattr(self.module, "num_key_value_groups"):
+        if not any(leaf in self.linears for leaf in _LATENT) and not hasattr(
+            self.module, "num_key_value_groups"
+        ):
             raise _CannotCut("no plan names it, and it is no attention of the common kind")
         cut = {name.removeprefix(f"{self.name}.").partition(".")[0] for name in self.cuts}
         unknown = [
@@ -238,7 +249,7 @@ class _Part:
 
 def _in_place(leaf: str) -> bool:
     """Whether a norm's name is that of one over queries, keys or the output, not over a latent."""
-    return "_a_" not in leaf and leaf[:1] in {"q", "k"} or "attn" in leaf or "sub_norm" in leaf
+    return ("_a_" not in leaf and leaf[:1] in {"q", "k"}) or "attn" in leaf or "sub_norm" in leaf
 
 
 def _first(holder: Any, *names: str) -> int:

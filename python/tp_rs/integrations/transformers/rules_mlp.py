@@ -9,11 +9,14 @@ from torch import nn
 from tp_rs.integrations.transformers.layout import Collective, Cut, Kind, Layout, width
 from tp_rs.integrations.transformers.splits import Interval, SplitSource, cover, scale
 
+_Parts = tuple[tuple[Interval, ...], ...]
+
 __all__ = ["cut_experts", "cut_mlp", "is_experts", "is_mlp", "width_split"]
 
 _DOWN = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "output_linear")
 _UP = ("gate_proj", "up_proj", "fc1", "c_fc", "dense_h_to_4h", "fc_in", "w1", "w3")
 _ALIGNED = 16
+_STACKED = 3
 _HALVES = ("gate_up_proj", "input_linear", "dense_h_to_4h")
 """Rows lie as all of the gate, then all of the rest."""
 
@@ -31,7 +34,7 @@ def is_experts(module: nn.Module) -> bool:
     parameters = dict(module.named_parameters(recurse=False))
     down = parameters.get("down_proj")
     up = parameters.get("gate_up_proj", parameters.get("up_proj"))
-    return down is not None and up is not None and down.ndim == 3 and up.ndim == 3
+    return down is not None and up is not None and down.ndim == up.ndim == _STACKED
 
 
 def width_split(splits: SplitSource, ranks: int, total: int) -> list[Interval]:
@@ -44,7 +47,9 @@ def width_split(splits: SplitSource, ranks: int, total: int) -> list[Interval]:
     return scale(splits.id_split, ranks, total, 1 if planned == total else gcd(total, _ALIGNED))
 
 
-def cut_mlp(layout: Layout, name: str, module: nn.Module, splits: SplitSource, styles: dict[str, str]) -> None:
+def cut_mlp(
+    layout: Layout, name: str, module: nn.Module, splits: SplitSource, styles: dict[str, str]
+) -> None:
     """Cut an MLP, or say why it stays whole."""
     linears = {leaf: child for leaf, child in module.named_children() if isinstance(child, nn.Linear)}
     down = next(leaf for leaf in _DOWN if leaf in linears)
@@ -106,7 +111,7 @@ def cut_experts(
     if rows not in {total, 2 * total}:
         layout.whole[name] = f"down_proj takes {total} columns, and {fused} gives {rows}"
         return
-    ranks = tuple((interval,) for interval in width_split(splits, layout.ranks, total))
+    ranks: _Parts = tuple((interval,) for interval in width_split(splits, layout.ranks, total))
     if rows == total:
         ups = ranks
     elif getattr(module, "is_concatenated", True):

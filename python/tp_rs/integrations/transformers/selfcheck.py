@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
 
 from tp_rs.errors import ModelError, TPError
 from tp_rs.integrations.transformers.assemble import assemble, decide
 from tp_rs.integrations.transformers.checkpoint import open_checkpoint
-from tp_rs.integrations.transformers.communication import Collectives
 from tp_rs.integrations.transformers.splits import Splits
 from tp_rs.integrations.transformers.twin import KV_HEADS, make_twin, shrunk_config, twin_config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from tp_rs.integrations.transformers.communication import Collectives
 
 __all__ = ["TOLERANCE", "compare", "ensure", "steps"]
 
@@ -60,7 +64,11 @@ def ensure(
 
 def _twin(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     failures = []
-    for make in (lambda: shrunk_config(config), lambda: twin_config(type(config))):
+    kinds: list[Callable[[], PretrainedConfig]] = [
+        lambda: shrunk_config(config),
+        lambda: twin_config(type(config)),
+    ]
+    for make in kinds:
         try:
             model = make_twin(make(), kind)
             if all(torch.isfinite(logits).all() for logits in steps(model, *prompt(model))):

@@ -59,14 +59,14 @@ def _tell_heads(module: nn.Module, attention: Attention, rank: int) -> None:
     _scale(module, (*_QUERIES, *_QUERY_WIDTHS), attention.queries, heads.queries)
     _scale(module, (*_KV, *_KV_WIDTHS), attention.kv, len(heads.kv))
     if hasattr(module, "num_key_value_groups"):
-        module.num_key_value_groups = heads.groups
+        setattr(module, "num_key_value_groups", heads.groups)  # noqa: B010  the type checker knows no such attribute
     config = getattr(module, "config", None)
     if config is not None and heads.queries:
         # Some attentions slice their fused projection by the configuration's counts.
         local = copy.copy(config)
         _set(local, "num_attention_heads", attention.queries, heads.queries)
         _set(local, "num_key_value_heads", attention.kv, len(heads.kv))
-        module.config = local
+        setattr(module, "config", local)  # noqa: B010  as above
 
 
 def _set(config: Any, name: str, whole: int, own: int) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from tp_rs.integrations.transformers.layout import width
-from tp_rs.integrations.transformers.splits import Interval
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tp_rs.integrations.transformers.splits import Interval
 
 __all__ = ["Counter", "Part", "Source", "TensorSource"]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["stream"]
 
@@ -31,7 +33,7 @@ def stream(model: Any, tokenizer: Any, prompt: str, **options: Any) -> Iterator[
         prompt: The text to go on from.
         options: What `generate` takes.
     """
-    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    pieces: Any = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stopped = _Stopped()
     inputs = tokenizer(prompt, return_tensors="pt")
     inputs.pop("token_type_ids", None)

@@ -7,14 +7,16 @@ and reshapes with -1 fail on nothing.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from tp_rs.errors import ModelError
-from tp_rs.integrations.transformers.communication import Link
 from tp_rs.integrations.transformers.layout import Attention, Kind
+
+if TYPE_CHECKING:
+    from tp_rs.integrations.transformers.communication import Link
 
 __all__ = ["Returns", "watch"]
 
@@ -28,20 +30,21 @@ _WEIGHTS = 1
 def watch(module: nn.Module, attention: Attention, link: Link, returns: Returns) -> None:
     """Replace the attention where this rank has no heads; elsewhere note what it returns.
 
-    The first call ends in a barrier: the rank without heads learns there what to return.
+    The first call ends in a barrier: the rank without heads learns there what to return. A failed call may
+    have left some ranks before it and some behind, so the first one after that does so again.
     """
     forward = module.forward
     stub = not attention.ranks[link.rank].queries
-    known = False
+    known = -1
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal known
-        result = _meet(module, attention, link, forward, args, kwargs) if stub else forward(*args, **kwargs)
-        if not known:
+        result = _meet(module, attention, forward, args, kwargs) if stub else forward(*args, **kwargs)
+        if known != link.epoch:
             if not stub:
                 returns[attention.module] = _count(attention, result)
             link.barrier()
-            known = True
+            known = link.epoch
         if not stub:
             return result
         count = returns[attention.module]
@@ -67,9 +70,7 @@ def _count(attention: Attention, result: Any) -> int:
     return len(result)
 
 
-def _meet(
-    module: nn.Module, attention: Attention, link: Link, forward: Any, args: Any, kwargs: Any
-) -> torch.Tensor:
+def _meet(module: nn.Module, attention: Attention, forward: Any, args: Any, kwargs: Any) -> Any:
     signature = inspect.signature(forward)
     named = dict(signature.bind(*args, **kwargs).arguments)
     for parameter in signature.parameters.values():

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from torch import nn
 from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
 
 __all__ = ["has_plan", "planned"]
 

@@ -143,19 +143,22 @@ def _kinds(types: list[str]) -> list[str]:
     return (kinds * _LAYERS)[:_LAYERS]
 
 
-def make_twin(config: PretrainedConfig, kind: type[PreTrainedModel] | None = None, seed: int = 0) -> PreTrainedModel:
+def make_twin(
+    config: PretrainedConfig, kind: type[PreTrainedModel] | None = None, seed: int = 0
+) -> PreTrainedModel:
     """A model with random weights that are large enough for every part to matter.
 
     Raises:
         ModelError: transformers has no causal language model of this configuration.
     """
-    if kind is None:
+    chosen: Any = kind
+    if chosen is None:
         with suppress(KeyError):
-            kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if kind is None:
+            chosen = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if chosen is None:
         message = f"{config.model_type}: no causal language model"
         raise ModelError(message)
-    model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)  # noqa: SLF001  no public name
+    model: Any = chosen._from_config(config, dtype=torch.float32)  # noqa: SLF001  no public name
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -165,4 +168,5 @@ def make_twin(config: PretrainedConfig, kind: type[PreTrainedModel] | None = Non
                 parameter.copy_(noise * (0.5 if "embed" in name else 1.0 / fan**0.5))
             else:
                 parameter.copy_(noise * 0.2 + (1.0 if "norm" in name else 0.0))
-    return model.eval()
+    made: PreTrainedModel = model.eval()
+    return made

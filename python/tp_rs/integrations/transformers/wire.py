@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from tp_rs.errors import ModelError
-from tp_rs.integrations.transformers.communication import Link
 from tp_rs.integrations.transformers.layout import Collective, Kind, Layout
 from tp_rs.integrations.transformers.stub import Returns, watch
+
+if TYPE_CHECKING:
+    from tp_rs.integrations.transformers.communication import Link
 
 __all__ = ["wire"]
 
 _Forward = Callable[..., Any]
 
 
-def wire(
-    model: nn.Module, layout: Layout, link: Link, returns: Returns, *, one_router: bool = False
-) -> None:
+def wire(model: nn.Module, layout: Layout, link: Link, returns: Returns, *, one_router: bool = False) -> None:
     """Wrap the planned modules of a loaded rank.
 
     Args:
@@ -34,21 +35,35 @@ def wire(
     lead = layout.lead()
     for name, collective in layout.collectives.items():
         module = model.get_submodule(name)
-        module.forward = _WRAPPERS[collective.kind](module, collective, link, lead, one_router)
+        module.forward = _WRAPPERS[collective.kind](_Place(module, collective, link, lead, one_router))
     if link.rank != 0:
         for name in layout.once:
             parameter = model.get_parameter(name)
             # Replaced, not zeroed: on CPU ranks a loaded parameter may be a view of the file.
             path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, nn.Parameter(torch.zeros_like(parameter), False))  # noqa: FBT003
+            setattr(
+                model.get_submodule(path),
+                leaf,
+                nn.Parameter(torch.zeros_like(parameter), requires_grad=False),
+            )
     for attention in layout.attentions.values():
         if any(not heads.queries for heads in attention.ranks):
             watch(model.get_submodule(attention.module), attention, link, returns)
 
 
-def _row_parallel(
-    module: nn.Module, collective: Collective, link: Link, lead: int, one_router: bool  # noqa: ARG001, FBT001
-) -> _Forward:
+@dataclass(frozen=True)
+class _Place:
+    """A module of a rank at which the ranks meet."""
+
+    module: nn.Module
+    collective: Collective
+    link: Link
+    lead: int
+    one_router: bool
+
+
+def _row_parallel(place: _Place) -> _Forward:
+    module, collective, link = place.module, place.collective, place.link
     if not isinstance(module, nn.Linear):
         message = f"{collective.module}: got {type(module).__name__}, wanted a linear layer"
         raise ModelError(message)
@@ -70,30 +85,27 @@ def _row_parallel(
     return run
 
 
-def _gather(
-    module: nn.Module, collective: Collective, link: Link, lead: int, one_router: bool  # noqa: ARG001, FBT001
-) -> _Forward:
+def _gather(place: _Place) -> _Forward:
+    module, link = place.module, place.link
     forward = module.forward
     return lambda hidden: link.all_gather(forward(hidden))
 
 
-def _logits(
-    module: nn.Module, collective: Collective, link: Link, lead: int, one_router: bool  # noqa: ARG001, FBT001
-) -> _Forward:
+def _logits(place: _Place) -> _Forward:
+    module, collective, link = place.module, place.collective, place.link
     forward = module.forward
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
         own = forward(hidden)
-        whole = link.gather(own, lead)
+        whole = link.gather(own, place.lead)
         # What the others make of their logits is thrown away; the shape has to be right.
         return own.new_zeros(*own.shape[:-1], collective.total) if whole is None else whole
 
     return run
 
 
-def _lookup(
-    module: nn.Module, collective: Collective, link: Link, lead: int, one_router: bool  # noqa: ARG001, FBT001
-) -> _Forward:
+def _lookup(place: _Place) -> _Forward:
+    module, collective, link = place.module, place.collective, place.link
     forward = module.forward
     ((start, end),) = collective.ranks[link.rank]
     table = module.get_parameter("weight")
@@ -110,14 +122,13 @@ def _lookup(
     return run
 
 
-def _wide_norm(
-    module: nn.Module, collective: Collective, link: Link, lead: int, one_router: bool  # noqa: ARG001, FBT001
-) -> _Forward:
+def _wide_norm(place: _Place) -> _Forward:
+    module, collective, link = place.module, place.collective, place.link
     forward = module.forward
     own = sum(end - start for start, end in collective.ranks[link.rank])
     epsilon = _epsilon(module)
 
-    def run(hidden: torch.Tensor) -> torch.Tensor:
+    def run(hidden: torch.Tensor) -> Any:
         squares = hidden.float().square().sum(-1, keepdim=True)
         mean = link.all_reduce_(squares.clone()) / collective.total
         # The module divides by its own columns' root mean square; the ratio makes it everybody's.
@@ -139,17 +150,16 @@ def _epsilon(module: nn.Module) -> float:
     raise ModelError(message)
 
 
-def _experts(
-    module: nn.Module, collective: Collective, link: Link, lead: int, one_router: bool  # noqa: ARG001, FBT001
-) -> _Forward:
+def _experts(place: _Place) -> _Forward:
+    module, collective, link = place.module, place.collective, place.link
     forward = module.forward
     intervals = collective.ranks[link.rank]
     start, end = intervals[0][0], intervals[-1][1]
 
     def chosen(value: Any) -> Any:
-        return link.broadcast(value, 0) if one_router and isinstance(value, torch.Tensor) else value
+        return link.broadcast(value, 0) if place.one_router and isinstance(value, torch.Tensor) else value
 
-    def run(hidden: torch.Tensor, *choice: Any, **named: Any) -> torch.Tensor:
+    def run(hidden: torch.Tensor, *choice: Any, **named: Any) -> Any:
         choice = tuple(chosen(value) for value in choice)
         named = {name: chosen(value) for name, value in named.items()}
         if start == end:
@@ -172,7 +182,9 @@ def _own_choice(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Renumber a router's choice for the experts of one rank; others' weigh nothing."""
     tensors = [*choice, *named.values()]
-    indices = [value for value in tensors if isinstance(value, torch.Tensor) and not value.is_floating_point()]
+    indices = [
+        value for value in tensors if isinstance(value, torch.Tensor) and not value.is_floating_point()
+    ]
     if len(indices) != 1:
         message = f"experts: got {len(indices)} tensors of indices from the router, wanted 1"
         raise ModelError(message)
@@ -188,14 +200,13 @@ def _own_choice(
     return tuple(own(value) for value in choice), {name: own(value) for name, value in named.items()}
 
 
-def _shared(
-    module: nn.Module, collective: Collective, link: Link, lead: int, one_router: bool  # noqa: ARG001, FBT001
-) -> _Forward:
+def _shared(place: _Place) -> _Forward:
+    module, link = place.module, place.link
     forward = module.forward
     return lambda hidden, *args: forward(hidden / link.ranks, *args)
 
 
-_WRAPPERS: dict[Kind, Callable[[nn.Module, Collective, Link, int, bool], _Forward]] = {
+_WRAPPERS: dict[Kind, Callable[[_Place], _Forward]] = {
     Kind.SUM: _row_parallel,
     Kind.SUM_OWN_HEADS: _row_parallel,
     Kind.SPLIT_INPUT: _row_parallel,
