@@ -16,6 +16,20 @@ _CHANGES = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
     },
+    "phi4_multimodal": {
+        "vision_config": {
+            "num_hidden_layers": 2,
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+        },
+        "audio_config": {
+            "num_blocks": 1,
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+        },
+    },
     "longcat_flash": {"head_dim": 4, "num_layers": 2, "num_hidden_layers": 4},
 }
 

@@ -102,10 +102,11 @@ def _from_folder(path: Path, dtype: torch.dtype | None) -> Checkpoint:
     if (path / "generation_config.json").exists():
         generation = GenerationConfig.from_pretrained(path)
     tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    kind = _class_of(config)
     return Checkpoint(
         name=path.name,
-        config=config,
-        kind=_class_of(config),
+        config=_own_config(config, kind),
+        kind=kind,
         dtype=dtype or _dtype_of(config),
         read=lambda _: _files(path, kept),
         generation=generation,
@@ -171,6 +172,12 @@ def _class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
         f"{config.model_type}: transformers {transformers.__version__} has no causal language model of it"
     )
     raise ModelError(message)
+
+
+def _own_config(config: PretrainedConfig, kind: type[PreTrainedModel]) -> PretrainedConfig:
+    """The text model's part of a wrapper's configuration, where the class is the text model's."""
+    text = config.get_text_config()
+    return text if kind.config_class is type(text) else config
 
 
 def _check_config(config: PretrainedConfig) -> None:

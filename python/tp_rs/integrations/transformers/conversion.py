@@ -162,7 +162,8 @@ class Conversion:
                 raise _Unknown
         state: dict[str, Any] = {}
         for pattern in ordered:
-            keys, cuts = group.keys[pattern], {path.dim: path.whole[pattern]}
+            keys = group.keys[pattern]
+            cuts: dict[int, Sequence[Interval]] = {path.dim: path.whole[pattern]}
             if path.chosen is not None:
                 keys, cuts = [keys[each] for start, end in path.chosen for each in range(start, end)], {}
             state.update({key: Part(self._sources[key], cuts, share.counter) for key in keys})

@@ -73,9 +73,8 @@ class Ranks:
         while len(results) < len(self._links):
             try:
                 rank, result, error = self._done.get()
-            except (
-                BaseException
-            ) as interrupt:  # Ctrl-C: the ranks must come out of their waits before it goes on
+            except BaseException as interrupt:  # noqa: BLE001  Ctrl-C, raised below
+                # The ranks must come out of their waits before anybody goes on.
                 failure = interrupt
                 self._links[0].collectives.abort("interrupted")
                 continue

@@ -84,6 +84,7 @@ _SMALL: dict[str, Any] = {
     "eos_token_id": None,
 }
 _LAYERS = 4
+_LARGEST = 200_000_000
 
 
 def twin_config(kind: type[PretrainedConfig], changes: dict[str, Any] | None = None) -> PretrainedConfig:
@@ -157,6 +158,13 @@ def make_twin(
             chosen = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if chosen is None:
         message = f"{config.model_type}: no causal language model"
+        raise ModelError(message)
+    with torch.device("meta"):
+        size = sum(each.numel() for each in chosen._from_config(config).parameters())  # noqa: SLF001  as below
+    if size > _LARGEST:
+        message = (
+            f"{config.model_type}: its small model still has {size:,} parameters, more than {_LARGEST:,}"
+        )
         raise ModelError(message)
     model: Any = chosen._from_config(config, dtype=torch.float32)  # noqa: SLF001  no public name
     generator = torch.Generator().manual_seed(seed)
