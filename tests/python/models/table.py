@@ -26,6 +26,16 @@ from tp_rs.integrations.transformers.twin import make_twin
 
 SPLITS = ([2, 1], [3, 0], [2, 1, 0])
 MOSTLY_WHOLE = 0.75
+HEAD = """# Architectures
+
+transformers {version}, made by `python {command}`.
+
+Small random models in float32, KV heads 2+1, 3+0 and 2+1+0, left-padded batch, prefill and decode; the
+difference is the largest one of logits to the whole model, in standard deviations. Types without a plan are
+tried again when they are loaded.
+
+| type | plan | state | weights cut | difference | what stays whole, or why not |
+|---|---|---|---|---|---|"""
 
 
 def row(name):
@@ -34,11 +44,11 @@ def row(name):
         model = make_twin(small(name))
         if not all(torch.isfinite(each).all() for each in selfcheck.steps(model, *selfcheck.prompt(model))):
             return "not tried", "", "", "its small model gives no finite logits"
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  foreign code, and the reason goes into the table
         return "not tried", "", "", f"no small model of it: {type(error).__name__}"
     try:
         differences = [selfcheck.compare(model, kv, ThreadCollectives) for kv in SPLITS]
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  as above
         return "refused", "", "", str(error).splitlines()[0][:90]
     splits = selfcheck.uneven(model.config.get_text_config(), [2, 1])
     skeleton, layout = decide(open_checkpoint(model, torch.float32), splits, 2)
@@ -52,6 +62,12 @@ def row(name):
     return ("sharded" if share > 1 - MOSTLY_WHOLE else "mostly whole"), f"{share:.0%}", worst, reasons
 
 
+def say(line):
+    """Print at once: the whole table takes a while."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main():
     """Print the table."""
     logging.disable(logging.WARNING)
@@ -62,28 +78,17 @@ def main():
     if "--planned" in sys.argv:
         names = sorted(plans)
     verified = []
-    print(f"# Architectures\n\ntransformers {transformers.__version__}, made by `{sys.argv[0]}`.\n")
-    print(
-        "Small random models in float32, KV heads 2+1, 3+0 and 2+1+0, left-padded batch, prefill and decode;"
-    )
-    print(
-        "the difference is the largest one of logits to the whole model, in standard deviations. Types without"
-    )
-    print("a plan are tried again when they are loaded.\n")
-    print("| type | plan | state | weights cut | difference | what stays whole, or why not |")
-    print("|---|---|---|---|---|---|")
+    say(HEAD.format(version=transformers.__version__, command="tests/python/models/table.py"))
     for name in names:
         state, share, worst, reason = row(name)
-        print(
-            f"| {name} | {'yes' if name in plans else 'no'} | {state} | {share} | {worst} | {reason} |",
-            flush=True,
-        )
+        plan = "yes" if name in plans else "no"
+        say(f"| {name} | {plan} | {state} | {share} | {worst} | {reason} |")
         if name in plans and state in {"sharded", "mostly whole"}:
             verified.append(name)
     if "--verified" in sys.argv:
         lines = "".join(f'        "{name}",\n' for name in verified)
         Path(sys.argv[sys.argv.index("--verified") + 1]).write_text(
-            '"""Types that ran over ranks with the results of the whole model. Made by tests/python/models/table.py."""\n'
+            '"""Types that ran over ranks as whole; made by tests/python/models/table.py --verified."""\n'
             f"\nVERIFIED: frozenset[str] = frozenset(\n    {{\n{lines}    }}\n)\n",
             encoding="utf-8",
         )
