@@ -12,17 +12,20 @@ import logging
 from typing import Final
 
 from tp_rs._native import (
+    Communicator,
     ModelShape,
     Part,
     Plan,
     PlannedModel,
     RankPlan,
+    RankView,
     Shortfall,
     StepTime,
     Tensor,
     Unsplittable,
 )
 from tp_rs._native import __version__ as __version__
+from tp_rs.context import TPContext
 from tp_rs.errors import CollectiveTimeout, CudaError, DoesNotFit, InvalidInput, ModelError, TPError
 from tp_rs.plan import integer_split, plan
 
@@ -45,6 +48,9 @@ __all__ = [
     "RankPlan",
     "Shortfall",
     "StepTime",
+    "TPContext",
+    "Communicator",
+    "RankView",
     "ModelShape",
     "Tensor",
     "Part",

@@ -5,12 +5,14 @@ from os import PathLike
 from typing import Any, Final, Literal, final
 
 __all__ = [
+    "Communicator",
     "CudaDevice",
     "ModelShape",
     "Part",
     "Plan",
     "PlannedModel",
     "RankPlan",
+    "RankView",
     "Shortfall",
     "StepTime",
     "Tensor",
@@ -281,3 +283,93 @@ class Shortfall:
     def advice(self) -> str: ...
     def __eq__(self, other: object, /) -> bool: ...
     __hash__: None  # type: ignore[assignment]
+
+@final
+class Communicator:
+    """Moves and sums tensors between ranks of this process.
+
+    Rank `i` is on `devices[i]`. List calls take one tensor a rank and are made from one thread; `rank(i)`
+    gives calls for a thread a rank, which meet each other. A list that belongs to a split has one tensor for
+    each of its intervals; `None` in a list is a rank without a part. Sums run in the order of ranks, in
+    float32 (float64 for float64), and are bitwise the same on every rank.
+    """
+
+    def __new__(
+        cls, devices: Iterable[object], timeout: float = 30.0, *, threads: int | None = None
+    ) -> Communicator: ...
+    @property
+    def devices(self) -> list[str]: ...
+    @property
+    def timeout(self) -> float: ...
+    def rank(self, rank: int) -> RankView: ...
+    def abort(self, reason: str = "abort() was called") -> None: ...
+    def check(self) -> None: ...
+    def all_reduce(self, tensors: Sequence[Any]) -> None: ...
+    def broadcast(self, source: Any, targets: Sequence[Any]) -> None: ...
+    def gather(
+        self,
+        parts: Sequence[Any],
+        split: Sequence[tuple[int, int, int]],
+        target: Any,
+        *,
+        dim: int | None = None,
+    ) -> None: ...
+    def all_gather(
+        self,
+        parts: Sequence[Any],
+        split: Sequence[tuple[int, int, int]],
+        targets: Sequence[Any],
+        target_split: Sequence[tuple[int, int, int]] | None = None,
+        *,
+        dim: int | None = None,
+    ) -> None: ...
+    def reduce_scatter(
+        self,
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+        split: Sequence[tuple[int, int, int]],
+        *,
+        dim: int | None = None,
+    ) -> None: ...
+    def add_residual(
+        self,
+        targets: Sequence[Any],
+        sources: Sequence[Any],
+        split: Sequence[tuple[int, int, int]],
+        *,
+        dim: int | None = None,
+    ) -> None: ...
+
+@final
+class RankView:
+    """A communicator from one rank's point of view, for a thread of its own.
+
+    Every rank makes the same calls in the same order; each call waits for the others.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    def barrier(self) -> None: ...
+    def all_reduce(self, tensor: Any) -> None: ...
+    def receive_sum(self, tensor: Any) -> None: ...
+    def broadcast(self, tensor: Any, root: int = 0) -> None: ...
+    def gather(
+        self,
+        part: Any,
+        split: Sequence[tuple[int, int, int]],
+        target: Any = None,
+        *,
+        root: int = 0,
+        dim: int | None = None,
+    ) -> None: ...
+    def all_gather(
+        self, part: Any, split: Sequence[tuple[int, int, int]], target: Any, *, dim: int | None = None
+    ) -> None: ...
+    def reduce_scatter(
+        self, source: Any, target: Any, split: Sequence[tuple[int, int, int]], *, dim: int | None = None
+    ) -> None: ...
+    def add_residual(
+        self, target: Any, source: Any, split: Sequence[tuple[int, int, int]], *, dim: int | None = None
+    ) -> None: ...

@@ -4,10 +4,13 @@
 //! turns the crate's errors, and even a panic, into the exception classes of `tp_rs.errors`.
 
 mod arguments;
+mod communicator;
+mod dlpack;
 mod errors;
 mod plan;
 mod plan_parts;
 mod shape;
+mod tensors;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -115,5 +118,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<plan_parts::RankPlan>()?;
     module.add_class::<plan_parts::Shortfall>()?;
     module.add_class::<plan_parts::StepTime>()?;
+    module.add_class::<communicator::Communicator>()?;
+    module.add_class::<communicator::RankView>()?;
     Ok(())
 }

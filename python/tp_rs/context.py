@@ -1,0 +1,429 @@
+"""`TPContext`: a model's splits, and the calls that move its tensors between ranks.
+
+Names, order of arguments and meaning are those of the class of the same name in ExLlamaV2 (`tensor_p.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Literal
+
+from tp_rs import _native, rope
+from tp_rs.checks import described, first, invalid, whole
+from tp_rs.errors import TPError
+from tp_rs.models import shape_of
+from tp_rs.plan import plan as make_plan
+from tp_rs.scratch import Scratch
+from tp_rs.splits import Split, Splits, total
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from types import TracebackType
+
+    import torch
+    from typing_extensions import Self
+
+__all__ = ["TPContext"]
+
+_log = logging.getLogger("tp_rs")
+
+_BUFFERS = 2
+_CACHES = {
+    "ExLlamaV2Cache_8bit": "8bit",
+    "ExLlamaV2Cache_Q8": "q8",
+    "ExLlamaV2Cache_Q6": "q6",
+    "ExLlamaV2Cache_Q4": "q4",
+}
+
+
+class TPContext(Splits):
+    """A model divided over ranks of this process.
+
+    Ranks take the place of the reference's device numbers: `all_devs`, `*_split_devs` and the first number of
+    every interval name ranks, and `devices` tells where each one is. Lists of tensors that belong to a split
+    have one tensor for each of its intervals; `streams`, sizes of scratch and tables have one entry a rank.
+
+    A with-block finalizes on entry and unloads at its end.
+
+    Attributes:
+        plan: The plan that the splits come from.
+        kv_split: KV heads, as (rank, first, one past the last); likewise `id_split` (intermediate columns),
+            `vc_split` (vocabulary rows), `rs_split` (columns of the residual stream) and `q_split`
+            (query heads).
+        kv_split_devs: The ranks of `kv_split`; likewise for the others.
+        all_devs: Ranks that hold something.
+        device: The first of them.
+        num_devices: One past the last of them.
+        devices: The device of every rank.
+        pinned_temp: Two float16 buffers in host memory, while finalized.
+        streams: A stream's handle a rank, 0 on host memory, while finalized.
+        ext_tp_context: A number other than 0 while native state lives, else None.
+        sin: What `get_sin_cos` made; likewise `cos`.
+    """
+
+    def __init__(
+        self,
+        model: object,
+        gpu_split: Iterable[float] | None = None,
+        expect_cache_tokens: int = 0,
+        expect_cache_base: type | None = None,
+        *,
+        plan: _native.Plan | None = None,
+        devices: Iterable[object] | None = None,
+        context: int | Literal["max"] | None = None,
+        timeout: float = 30.0,
+        pinned_bytes: int | None = None,
+        rope: Mapping[str, Any] | None = None,
+        force: bool = False,
+        **options: Any,
+    ) -> None:
+        """Divide `model`; nothing is allocated before `finalize`.
+
+        Args:
+            model: What `tp_rs.plan` takes, or a `Plan`.
+            gpu_split: GiB a rank; None for what is free.
+            expect_cache_tokens: Tokens of all sequences together that the cache must hold; 0 leaves it to
+                `context`.
+            expect_cache_base: ExLlamaV2's cache class; tells how keys and values are stored.
+            plan: A plan made before; `gpu_split` and what follows it are then left out.
+            devices: The device of every rank. Left out, rank i is `cuda:i`, and "cpu" where no GPU is.
+            context: Tokens a sequence, as for `tp_rs.plan`.
+            timeout: Seconds that a rank waits for the others.
+            pinned_bytes: Bytes of each of both host buffers; None for what the plan can need.
+            rope: Fields of a config.json that say how positions are rotated, where the model lacks them.
+            force: Whether to go on with a plan that does not fit.
+            options: More for `tp_rs.plan`: `batch`, `chunk`, `cache`, `strategy`, `splits` and so on.
+
+        Raises:
+            DoesNotFit: The plan exceeds a rank's budget and `force` is not set.
+            InvalidInput: An argument cannot be used, or `plan` is for another model.
+        """
+        if isinstance(model, _native.Plan):
+            if plan is not None:
+                raise invalid("plan", "a plan beside a model that is one", "only one of them")
+            plan = model
+        elif plan is not None:
+            _check_same(plan, model)
+        self.model = model
+        self.sin: list[torch.Tensor] | None = None
+        self.cos: list[torch.Tensor] | None = None
+        self.pinned_temp: list[torch.Tensor] | None = None
+        self.streams: list[int] | None = None
+        self.ext_tp_context: int | None = None
+        self._devices = None if devices is None else list(devices)
+        self._context = context
+        self._timeout = timeout
+        self._pinned_bytes = pinned_bytes
+        self._rope = None if rope is None else dict(rope)
+        self._force = force
+        self._options = options
+        self._communicator: _native.Communicator | None = None
+        self._scratch: list[Scratch] = []
+        self._unloaded = False
+        if plan is None:
+            self.define_split(gpu_split, expect_cache_tokens, expect_cache_base)
+        else:
+            self._use(plan)
+
+    def define_split(
+        self,
+        gpu_split: Iterable[float] | None,
+        expect_cache_tokens: int = 0,
+        expect_cache_base: type | None = None,
+    ) -> None:
+        """Plan anew; arguments as for the class."""
+        if self.ext_tp_context is not None:
+            raise TPError("define_split: the context is finalized; call unload() first")
+        if isinstance(self.model, _native.Plan):
+            raise invalid("model", "a plan", "a model: a plan's splits stay as they are")
+        budgets = None if gpu_split is None else list(gpu_split)
+        options = dict(self._options)
+        if expect_cache_base is not None:
+            options.setdefault("cache", _CACHES.get(expect_cache_base.__name__, "fp16"))
+        context = self._context
+        if context is None and expect_cache_tokens:
+            context = -(-expect_cache_tokens // max(1, options.get("batch", 1)))
+        devices = self._devices
+        if devices is None and budgets is not None and not _native.cuda_devices():
+            devices = ["cpu"] * len(budgets)
+        self._use(make_plan(self.model, budgets, devices=devices, context=context, **options))
+
+    def _use(self, plan: _native.Plan) -> None:
+        if not self._force:
+            plan.require_fit()
+        devices = [rank.device for rank in plan.ranks] if self._devices is None else self._devices
+        if len(devices) != len(plan.ranks):
+            raise invalid("devices", f"{len(devices)} entries", f"{len(plan.ranks)}, one a rank of the plan")
+        if (
+            self._devices is None
+            and any(device != "cpu" for device in devices)
+            and not _native.cuda_devices()
+        ):
+            _log.info("no GPU here: putting the plan's ranks on host memory instead of %s", devices)
+            devices = ["cpu"] * len(devices)
+        self._divide(plan, devices)
+
+    def finalize(self) -> None:
+        """Make the communicator and the host buffers. Does nothing if that is done."""
+        if self.ext_tp_context is not None:
+            return
+        import torch  # noqa: PLC0415 - the package works without torch until tensors are wanted
+
+        communicator = _native.Communicator(self.devices, self._timeout)
+        elements = -(-self._buffer_bytes() // torch.float16.itemsize)
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.pinned_temp = [torch.empty(elements, dtype=torch.float16) for _ in range(_BUFFERS)]
+        self._scratch = [Scratch() for _ in range(self.num_devices)]
+        self.streams = [0] * self.num_devices
+        self._communicator = communicator
+        self.ext_tp_context = id(communicator)
+        self._unloaded = False
+
+    def unload(self) -> None:
+        """Give everything back; ranks that wait are woken with an error. May be called again."""
+        communicator, self._communicator = self._communicator, None
+        self.ext_tp_context = None
+        if communicator is not None:
+            communicator.abort("the context was unloaded")
+            self._unloaded = True
+        self.pinned_temp = self.streams = self.sin = self.cos = None
+        self._scratch = []
+
+    def __enter__(self) -> Self:
+        self.finalize()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.unload()
+
+    def __repr__(self) -> str:
+        state = "finalized" if self.ext_tp_context is not None else "not finalized"
+        return f"TPContext({self.plan.model.name!r}, devices={self.devices}, {state})"
+
+    @property
+    def communicator(self) -> _native.Communicator:
+        """The communicator, while finalized."""
+        return self._live("communicator")
+
+    def rank(self, rank: int) -> _native.RankView:
+        """The communicator from the point of view of one rank, for a thread of its own."""
+        return self._live("rank").rank(rank)
+
+    def broadcast(
+        self, buffer: int, input_tensor: torch.Tensor, broadcast_type: int, dim: int = 1
+    ) -> list[torch.Tensor]:
+        """A copy of the whole of `input_tensor` for each rank of the split, whatever `dim` is."""
+        del dim
+        communicator = self._live("broadcast", buffer)
+        shape, dtype = described("input_tensor", input_tensor)
+        outputs = [self._empty(rank, shape, dtype) for rank in self.get_devs(broadcast_type)]
+        communicator.broadcast(input_tensor, outputs)
+        return outputs
+
+    def gather(
+        self, buffer: int, inputs: Sequence[torch.Tensor], broadcast_type: int, dim: int = 1
+    ) -> torch.Tensor:
+        """The parts side by side, in host memory, complete on return.
+
+        The result is a view of `pinned_temp[buffer]`: the next call with that buffer overwrites it.
+        """
+        communicator = self._live("gather", buffer)
+        split = self.get_split(broadcast_type)
+        shape, dtype = first("inputs", inputs)
+        target = self._pinned("gather", buffer, (*shape[:-1], total(split) * dim), dtype)
+        communicator.gather(inputs, split, target, dim=dim)
+        return target
+
+    def allgather(
+        self,
+        buffer: int,
+        inputs: Sequence[torch.Tensor],
+        broadcast_type_g: int,
+        broadcast_type_b: int,
+        dim: int = 1,
+    ) -> list[torch.Tensor]:
+        """The parts of the first split side by side, for each rank of the second."""
+        communicator = self._live("allgather", buffer)
+        split, target_split = self.get_split(broadcast_type_g), self.get_split(broadcast_type_b)
+        shape, dtype = first("inputs", inputs)
+        shape = (*shape[:-1], total(split) * dim)
+        outputs = [self._empty(rank, shape, dtype) for rank, _, _ in target_split]
+        communicator.all_gather(inputs, split, outputs, target_split, dim=dim)
+        return outputs
+
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Turn every tensor into the sum of all, in place, and return them."""
+        self._live("all_reduce").all_reduce(tensors)
+        return tensors
+
+    def reduce_scatter(
+        self, inputs: Sequence[torch.Tensor], broadcast_type: int, dim: int = 1
+    ) -> list[torch.Tensor]:
+        """The sum of all inputs, of which each rank of the split gets its own columns."""
+        communicator = self._live("reduce_scatter")
+        split = self.get_split(broadcast_type)
+        shape, dtype = first("inputs", inputs)
+        outputs = [self._empty(rank, (*shape[:-1], (b - a) * dim), dtype) for rank, a, b in split]
+        communicator.reduce_scatter(inputs, outputs, split, dim=dim)
+        return outputs
+
+    def add_residual(
+        self,
+        target: Sequence[torch.Tensor],
+        source: Sequence[torch.Tensor],
+        broadcast_type: int,
+        dim: int = 1,
+    ) -> None:
+        """Add to every target its interval's columns of the source of the same rank."""
+        split = self.get_split(broadcast_type)
+        self._live("add_residual").add_residual(target, source, split, dim=dim)
+
+    def get_pinned(
+        self, buffer: int, batch_size: int, q_len: int, dim: int, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """A view `[batch_size, q_len, dim]` of a host buffer's start, float16 unless said otherwise."""
+        self._live("get_pinned", buffer)
+        import torch  # noqa: PLC0415
+
+        return self._pinned("get_pinned", buffer, (batch_size, q_len, dim), dtype or torch.float16)
+
+    def copy_pinned(self, buffer: int, inputs: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor into a host buffer, and return the view of it there, of the same shape and dtype."""
+        self._live("copy_pinned", buffer)
+        shape, dtype = described("inputs", inputs)
+        if inputs.device.type == "meta":
+            raise invalid("inputs", "a tensor on meta", "a tensor that has memory")
+        target = self._pinned("copy_pinned", buffer, shape, dtype)
+        target.copy_(inputs.detach())
+        return target
+
+    def wait_streams(self) -> None:
+        """Wait for all work of all ranks. Work on host memory is done when its call returns."""
+        self._live("wait_streams").check()
+
+    def get_sin_cos(self, dtype: torch.dtype | None = None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Tables of the rotary embedding, `[sets, 1, tokens, columns]` a rank, float16 unless said otherwise.
+
+        They come from the model's device contexts where it has them, else from its rotary parameters. A rank
+        without a part of the model gets an empty meta tensor. Ranks on one device share one table.
+        """
+        self._live("get_sin_cos")
+        import torch  # noqa: PLC0415
+
+        dtype = dtype or torch.float16
+        if self.sin is not None and self.cos is not None and self.sin[self.device].dtype == dtype:
+            return self.sin, self.cos
+        none = torch.empty(0, device="meta")
+        sin, cos = [none] * self.num_devices, [none] * self.num_devices
+        contexts = getattr(self.model, "get_device_context", None)
+        if callable(contexts):
+            for rank in self.all_devs:
+                held = contexts(rank)
+                sin[rank], cos[rank] = (torch.cat(part, 0).to(dtype) for part in (held.sin, held.cos))
+        else:
+            settings = rope.settings_of(self.model) or {}
+            made = rope.tables({**settings, **(self._rope or {})} or None, self.plan.context)
+            shared: dict[str, list[torch.Tensor]] = {}
+            for rank in self.all_devs:
+                device = self.devices[rank]
+                if device not in shared:
+                    shared[device] = [table.to(device=device, dtype=dtype) for table in made]
+                sin[rank], cos[rank] = shared[device]
+        self.sin, self.cos = sin, cos
+        return sin, cos
+
+    def begin_scratch_alloc_tp(self) -> None:
+        """Start over with every rank's scratch memory; slices given out before may be overwritten."""
+        self._live("begin_scratch_alloc_tp")
+        for scratch in self._scratch:
+            scratch.begin()
+
+    def get_scratch_slice_tp(
+        self, rows: int, dtype: torch.dtype, broadcast_type: int, dim: int = 1
+    ) -> list[torch.Tensor]:
+        """Scratch for each rank's own columns of the split."""
+        return self._slices("get_scratch_slice_tp", rows, dtype, self._widths(broadcast_type, dim))
+
+    def get_scratch_slice_tp_bc(
+        self, rows: int, dtype: torch.dtype, broadcast_type: int, dim: int = 1
+    ) -> list[torch.Tensor]:
+        """Scratch for the columns of all ranks, on each rank of the split."""
+        return self._slices("get_scratch_slice_tp_bc", rows, dtype, self._full_widths(broadcast_type, dim))
+
+    def reserve_scratch(self, scratch: Sequence[int]) -> None:
+        """Leave out that many bytes of each rank's scratch, one entry a rank."""
+        self._live("reserve_scratch")
+        if len(scratch) > self.num_devices:
+            raise invalid("scratch", f"{len(scratch)} entries", f"at most {self.num_devices}, one a rank")
+        for index, size in enumerate(scratch):
+            whole(f"scratch[{index}]", size)
+        for place, size in zip(self._scratch, scratch, strict=False):
+            place.take(size)
+
+    def _slices(
+        self, call: str, rows: int, dtype: torch.dtype, widths: list[tuple[int, int]]
+    ) -> list[torch.Tensor]:
+        self._live(call)
+        whole("rows", rows)
+        taken = [(self._scratch[rank].take(rows * width * dtype.itemsize), width) for rank, width in widths]
+        return [memory.view(dtype).view(rows, width) for memory, width in taken]
+
+    def _pinned(self, call: str, buffer: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        import torch  # noqa: PLC0415
+
+        size = dtype.itemsize
+        for count in shape:
+            whole(f"{call}: shape", count)
+            size *= count
+        memory = self._buffers()[buffer].view(torch.uint8)
+        if size > len(memory):
+            wanted = f"at most {len(memory)}; pass pinned_bytes={size} to TPContext for larger buffers"
+            raise invalid(f"{call}: buffer {buffer}", f"{size} bytes for {list(shape)} of {dtype}", wanted)
+        return memory[:size].view(dtype).view(shape)
+
+    def _buffers(self) -> list[torch.Tensor]:
+        if self.pinned_temp is None:
+            raise TPError("pinned_temp: the context is not finalized; call finalize() first")
+        return self.pinned_temp
+
+    def _buffer_bytes(self) -> int:
+        """What one gathered tensor of the plan can need, in float32."""
+        if self._pinned_bytes is not None:
+            return whole("pinned_bytes", self._pinned_bytes)
+        plan, model = self.plan, self.plan.model
+        widest = max(model.hidden, model.query_heads * model.head_dim, total(self.rs_split))
+        vocabulary = max(model.vocabulary, total(self.vc_split))
+        # Whole chunks of the residual stream or of attention; of the logits only those to sample from.
+        return 4 * max(plan.chunk * widest, plan.batch * vocabulary)
+
+    def _live(self, call: str, buffer: int = 0) -> _native.Communicator:
+        if self._communicator is None:
+            state = "was unloaded; call finalize() to use it again"
+            raise TPError(f"{call}: the context {state if self._unloaded else 'needs finalize() first'}")
+        if type(buffer) is not int or not 0 <= buffer < _BUFFERS:
+            raise invalid("buffer", repr(buffer), f"0 to {_BUFFERS - 1}")
+        return self._communicator
+
+
+def _check_same(plan: _native.Plan, model: object) -> None:
+    """Refuse a plan that was made for a model of other dimensions."""
+    shape, planned = shape_of(model), plan.model
+    pairs = {
+        "hidden_size": (planned.hidden, shape.hidden_size),
+        "intermediate_size": (planned.intermediate, shape.intermediate_size),
+        "num_attention_heads": (planned.query_heads, shape.num_attention_heads),
+        "num_key_value_heads": (planned.kv_heads, shape.num_key_value_heads),
+        "head_dim": (planned.head_dim, shape.head_dim),
+        "num_hidden_layers": (planned.layers, shape.num_hidden_layers),
+        "vocab_size": (planned.vocabulary, shape.vocab_size),
+    }
+    for name, (left, right) in pairs.items():
+        if left != right:
+            got = f"one for {planned.name} with {name} {left}"
+            raise invalid("plan", got, f"one for {shape.name}, whose {name} is {right}: make the plan anew")

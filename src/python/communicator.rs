@@ -1,0 +1,364 @@
+//! `Communicator` and `RankView`.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::prelude::*;
+
+use super::arguments::whole;
+use super::errors::{guarded, invalid, to_python};
+use super::tensors;
+use crate::comm::{self, CommOptions, Device, Stream, Tensor};
+use crate::error::{Error, Result};
+use crate::split::{Share, Split};
+
+thread_local! {
+    /// The exception that a signal handler raised while this thread waited.
+    static INTERRUPT: RefCell<Option<PyErr>> = const { RefCell::new(None) };
+}
+
+/// Lets Python's signal handlers run, which they do on the main thread only.
+fn poll() -> Result<()> {
+    let signals = Python::try_attach(|py| {
+        py.check_signals().map_err(|error| {
+            let reason = format!("a waiting rank was interrupted by {error}");
+            INTERRUPT.with(|interrupt| interrupt.replace(Some(error)));
+            Error::Aborted { operation: "wait", reason }
+        })
+    });
+    // Without an interpreter there is nobody left to interrupt.
+    signals.unwrap_or(Ok(()))
+}
+
+/// Does `work` with the interpreter released. An exception of a signal handler goes before any error of `work`.
+fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
+    let result = guarded(py, work);
+    match INTERRUPT.with(RefCell::take) {
+        Some(interrupt) => Err(interrupt),
+        None => result,
+    }
+}
+
+fn split(value: &Bound<'_, PyAny>, argument: &str) -> PyResult<Split> {
+    let shares: Vec<(usize, u64, u64)> = value.extract().map_err(|_| {
+        let got = value.repr().map_or_else(|_| "something else".to_owned(), |text| text.to_string());
+        let wanted = "a list of (rank, start, end), such as [(0, 0, 6), (1, 6, 9)]";
+        invalid(value.py(), argument, got, wanted)
+    })?;
+    Ok(Split(shares.into_iter().map(Share::from).collect()))
+}
+
+fn factor(dim: Option<&Bound<'_, PyAny>>) -> PyResult<u64> {
+    dim.map_or(Ok(1), |dim| whole(dim, "dim"))
+}
+
+fn tensor(value: &Bound<'_, PyAny>, argument: &str) -> PyResult<Tensor> {
+    tensors::one(value, || argument.to_owned())
+}
+
+fn tensor_or_none(value: Option<&Bound<'_, PyAny>>, argument: &str) -> PyResult<Tensor> {
+    match value {
+        Some(value) => tensor(value, argument),
+        None => Ok(Tensor::dense(0, Device::Cpu, comm::DType::U8, 0, 0)),
+    }
+}
+
+/// Moves and sums tensors between ranks of this process.
+#[pyclass(module = "tp_rs", frozen)]
+pub(super) struct Communicator {
+    inner: Arc<comm::Communicator>,
+    timeout: f64,
+}
+
+#[pymethods]
+impl Communicator {
+    #[new]
+    #[pyo3(signature = (devices, timeout=30.0, *, threads=None))]
+    fn new(
+        py: Python<'_>,
+        devices: &Bound<'_, PyAny>,
+        timeout: f64,
+        threads: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let wanted = "a list with one device a rank, such as [\"cpu\", \"cpu\"]";
+        let not_a_list = || invalid(py, "devices", devices.get_type(), wanted);
+        if devices.is_instance_of::<pyo3::types::PyString>() {
+            return Err(not_a_list());
+        }
+        let mut parsed: Vec<Device> = Vec::new();
+        for device in devices.try_iter().map_err(|_| not_a_list())? {
+            // A `torch.device` prints itself as its name.
+            let name = device?.str()?.to_string();
+            parsed.push(name.parse().map_err(|error| to_python(py, &error))?);
+        }
+        let duration = Duration::try_from_secs_f64(timeout)
+            .map_err(|_| invalid(py, "timeout", format!("{timeout} s"), "a number of seconds above 0"))?;
+        let threads = threads.map(|threads| whole(threads, "threads")).transpose()?;
+        let threads = threads.map(|threads| usize::try_from(threads).unwrap_or(usize::MAX));
+        let options = CommOptions { timeout: duration, threads, poll: Some(Arc::new(poll)) };
+        let inner = guarded(py, || comm::Communicator::new(&parsed, &options))?;
+        Ok(Self { inner: Arc::new(inner), timeout })
+    }
+
+    /// The device of every rank.
+    #[getter]
+    fn devices(&self) -> Vec<String> {
+        self.inner.devices().iter().map(ToString::to_string).collect()
+    }
+
+    /// Seconds that a rank waits for the others.
+    #[getter]
+    fn timeout(&self) -> f64 {
+        self.timeout
+    }
+
+    /// The communicator as rank `rank` sees it, for a thread of its own.
+    fn rank(&self, py: Python<'_>, rank: isize) -> PyResult<RankView> {
+        let ranks = self.inner.devices().len();
+        match usize::try_from(rank) {
+            Ok(rank) if rank < ranks => Ok(RankView { inner: Arc::clone(&self.inner), rank }),
+            _ => Err(invalid(py, "rank", rank, format!("0 to {}", ranks - 1))),
+        }
+    }
+
+    /// Stops the communicator from any thread and wakes whoever waits.
+    #[pyo3(signature = (reason="abort() was called"))]
+    fn abort(&self, py: Python<'_>, reason: &str) {
+        py.detach(|| self.inner.abort(reason));
+    }
+
+    /// Raises `TPError` with the reason once the communicator was stopped.
+    fn check(&self, py: Python<'_>) -> PyResult<()> {
+        released(py, || self.inner.check())
+    }
+
+    /// Every tensor becomes the sum of all, in place.
+    fn all_reduce(&self, py: Python<'_>, tensors: &Bound<'_, PyAny>) -> PyResult<()> {
+        let tensors = tensors::list(tensors, "tensors")?;
+        let views = &tensors.views;
+        // SAFETY: the tensors are held until the call returns, and it returns when the work is done.
+        released(py, || unsafe { self.inner.all_reduce(views, &[]) })
+    }
+
+    /// Every target becomes a copy of `source`.
+    fn broadcast(
+        &self,
+        py: Python<'_>,
+        source: &Bound<'_, PyAny>,
+        targets: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let targets = tensors::list(targets, "targets")?;
+        let (source, views) = (tensor(source, "source")?, &targets.views);
+        // SAFETY: as for `all_reduce`; the caller's frame holds `source`.
+        released(py, || unsafe { self.inner.broadcast(&source, views, &[]) })
+    }
+
+    /// Writes the parts side by side to `target`.
+    #[pyo3(signature = (parts, split, target, *, dim=None))]
+    fn gather(
+        &self,
+        py: Python<'_>,
+        parts: &Bound<'_, PyAny>,
+        split: &Bound<'_, PyAny>,
+        target: &Bound<'_, PyAny>,
+        dim: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let parts = tensors::list(parts, "parts")?;
+        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let (target, views) = (tensor(target, "target")?, &parts.views);
+        // SAFETY: as for `broadcast`.
+        released(py, || unsafe { self.inner.gather(views, &split, dim, &target, &[]) })
+    }
+
+    /// Writes the parts side by side to every target.
+    #[pyo3(signature = (parts, split, targets, target_split=None, *, dim=None))]
+    fn all_gather(
+        &self,
+        py: Python<'_>,
+        parts: &Bound<'_, PyAny>,
+        split: &Bound<'_, PyAny>,
+        targets: &Bound<'_, PyAny>,
+        target_split: Option<&Bound<'_, PyAny>>,
+        dim: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let (parts, targets) = (tensors::list(parts, "parts")?, tensors::list(targets, "targets")?);
+        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let target_split = target_split.map_or_else(
+            // Without one, every rank gets the result.
+            || Ok(Split::from_counts(&vec![1; self.inner.devices().len()])),
+            |target_split| self::split(target_split, "target_split"),
+        )?;
+        let (inputs, outputs) = (&parts.views, &targets.views);
+        // SAFETY: as for `all_reduce`.
+        released(py, || unsafe { self.inner.all_gather(inputs, &split, outputs, &target_split, dim, &[]) })
+    }
+
+    /// Every output becomes its interval's columns of the sum of all inputs.
+    #[pyo3(signature = (inputs, outputs, split, *, dim=None))]
+    fn reduce_scatter(
+        &self,
+        py: Python<'_>,
+        inputs: &Bound<'_, PyAny>,
+        outputs: &Bound<'_, PyAny>,
+        split: &Bound<'_, PyAny>,
+        dim: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let (inputs, outputs) = (tensors::list(inputs, "inputs")?, tensors::list(outputs, "outputs")?);
+        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let (inputs, outputs) = (&inputs.views, &outputs.views);
+        // SAFETY: as for `all_reduce`.
+        released(py, || unsafe { self.inner.reduce_scatter(inputs, outputs, &split, dim, &[]) })
+    }
+
+    /// Adds to every target its interval's columns of the source of the same rank.
+    #[pyo3(signature = (targets, sources, split, *, dim=None))]
+    fn add_residual(
+        &self,
+        py: Python<'_>,
+        targets: &Bound<'_, PyAny>,
+        sources: &Bound<'_, PyAny>,
+        split: &Bound<'_, PyAny>,
+        dim: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let (targets, sources) = (tensors::list(targets, "targets")?, tensors::list(sources, "sources")?);
+        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let (targets, sources) = (&targets.views, &sources.views);
+        // SAFETY: as for `all_reduce`.
+        released(py, || unsafe { self.inner.add_residual(targets, sources, &split, dim, &[]) })
+    }
+
+    fn __repr__(&self) -> String {
+        format!("Communicator({:?}, timeout={})", self.devices(), self.timeout)
+    }
+}
+
+/// A communicator from one rank's point of view. Every rank makes the same calls, from a thread of its own.
+#[pyclass(module = "tp_rs", frozen)]
+pub(super) struct RankView {
+    inner: Arc<comm::Communicator>,
+    rank: usize,
+}
+
+#[pymethods]
+impl RankView {
+    /// The rank.
+    #[getter]
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Its device.
+    #[getter]
+    fn device(&self) -> String {
+        self.inner.devices().get(self.rank).map(ToString::to_string).unwrap_or_default()
+    }
+
+    /// Waits until every rank has come.
+    fn barrier(&self, py: Python<'_>) -> PyResult<()> {
+        released(py, || self.inner.rank_barrier(self.rank, Stream::default()))
+    }
+
+    /// `tensor` becomes the sum of all ranks' tensors, in place. `None` for a rank without a part.
+    #[pyo3(signature = (tensor))]
+    fn all_reduce(&self, py: Python<'_>, tensor: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let tensor = tensor_or_none(tensor, "tensor")?;
+        // SAFETY: the caller's frame holds the tensor, and the call returns when the work is done.
+        released(py, || unsafe { self.inner.rank_all_reduce(self.rank, &tensor, Stream::default()) })
+    }
+
+    /// `tensor` becomes the sum of the other ranks' tensors; this rank adds nothing.
+    fn receive_sum(&self, py: Python<'_>, tensor: &Bound<'_, PyAny>) -> PyResult<()> {
+        let tensor = self::tensor(tensor, "tensor")?;
+        // SAFETY: as for `all_reduce`.
+        released(py, || unsafe { self.inner.rank_receive_sum(self.rank, &tensor, Stream::default()) })
+    }
+
+    /// `tensor` becomes a copy of the one that rank `root` passes.
+    #[pyo3(signature = (tensor, root=0))]
+    fn broadcast(&self, py: Python<'_>, tensor: &Bound<'_, PyAny>, root: usize) -> PyResult<()> {
+        let tensor = self::tensor(tensor, "tensor")?;
+        // SAFETY: as for `all_reduce`.
+        released(py, || unsafe { self.inner.rank_broadcast(self.rank, root, &tensor, Stream::default()) })
+    }
+
+    /// Writes all ranks' parts side by side to the target that rank `root` passes.
+    #[pyo3(signature = (part, split, target=None, *, root=0, dim=None))]
+    fn gather(
+        &self,
+        py: Python<'_>,
+        part: Option<&Bound<'_, PyAny>>,
+        split: &Bound<'_, PyAny>,
+        target: Option<&Bound<'_, PyAny>>,
+        root: usize,
+        dim: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let part = tensor_or_none(part, "part")?;
+        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let target = target.map(|target| tensor(target, "target")).transpose()?;
+        let stream = Stream::default();
+        released(py, || {
+            // SAFETY: as for `all_reduce`.
+            unsafe { self.inner.rank_gather(self.rank, root, &part, &split, dim, target.as_ref(), stream) }
+        })
+    }
+
+    /// Writes all ranks' parts side by side to every rank's `target`.
+    #[pyo3(signature = (part, split, target, *, dim=None))]
+    fn all_gather(
+        &self,
+        py: Python<'_>,
+        part: Option<&Bound<'_, PyAny>>,
+        split: &Bound<'_, PyAny>,
+        target: Option<&Bound<'_, PyAny>>,
+        dim: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let (part, target) = (tensor_or_none(part, "part")?, tensor_or_none(target, "target")?);
+        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let stream = Stream::default();
+        // SAFETY: as for `all_reduce`.
+        released(py, || unsafe { self.inner.rank_all_gather(self.rank, &part, &split, dim, &target, stream) })
+    }
+
+    /// `target` becomes this rank's columns of the sum of all ranks' sources.
+    #[pyo3(signature = (source, target, split, *, dim=None))]
+    fn reduce_scatter(
+        &self,
+        py: Python<'_>,
+        source: Option<&Bound<'_, PyAny>>,
+        target: Option<&Bound<'_, PyAny>>,
+        split: &Bound<'_, PyAny>,
+        dim: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let (source, target) = (tensor_or_none(source, "source")?, tensor_or_none(target, "target")?);
+        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let stream = Stream::default();
+        released(py, || {
+            // SAFETY: as for `all_reduce`.
+            unsafe { self.inner.rank_reduce_scatter(self.rank, &source, &target, &split, dim, stream) }
+        })
+    }
+
+    /// Adds to `target` this rank's columns of `source`. Waits for nobody.
+    #[pyo3(signature = (target, source, split, *, dim=None))]
+    fn add_residual(
+        &self,
+        py: Python<'_>,
+        target: &Bound<'_, PyAny>,
+        source: &Bound<'_, PyAny>,
+        split: &Bound<'_, PyAny>,
+        dim: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let (target, source) = (tensor(target, "target")?, tensor(source, "source")?);
+        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let stream = Stream::default();
+        released(py, || {
+            // SAFETY: as for `all_reduce`.
+            unsafe { self.inner.rank_add_residual(self.rank, &target, &source, &split, dim, stream) }
+        })
+    }
+
+    fn __repr__(&self) -> String {
+        format!("RankView(rank={}, device={:?})", self.rank, self.device())
+    }
+}
