@@ -5,16 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tp_rs.errors import InvalidInput
+from tp_rs.models import shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
-__all__ = ["described", "first", "invalid", "whole"]
+    from tp_rs._native import Plan
+
+__all__ = ["described", "first", "invalid", "same_model", "whole"]
 
 
 def described(argument: str, tensor: object) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of a tensor that has a last dimension."""
     shape, dtype = getattr(tensor, "shape", None), getattr(tensor, "dtype", None)
     if shape is None or not hasattr(dtype, "itemsize") or not hasattr(tensor, "data_ptr"):
         raise invalid(argument, f"a {type(tensor).__name__}", "a torch tensor")
@@ -26,6 +30,7 @@ def described(argument: str, tensor: object) -> tuple[tuple[int, ...], torch.dty
 
 
 def first(argument: str, tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of a list's first tensor."""
     if not isinstance(tensors, (list, tuple)) or not tensors:
         got = "an empty list" if isinstance(tensors, (list, tuple)) else f"a {type(tensors).__name__}"
         raise invalid(argument, got, "a list with one tensor for each interval of the split")
@@ -33,10 +38,30 @@ def first(argument: str, tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ..
 
 
 def whole(argument: str, value: object) -> int:
+    """A whole number of 0 or more, else `InvalidInput`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise invalid(argument, repr(value), "a whole number of 0 or more")
     return value
 
 
 def invalid(argument: str, got: str, wanted: str) -> InvalidInput:
+    """The exception in the words that the native half uses too."""
     return InvalidInput(f"{argument}: got {got}, wanted {wanted}")
+
+
+def same_model(plan: Plan, model: object) -> None:
+    """Refuse a plan that was made for a model of other dimensions."""
+    shape, planned = shape_of(model), plan.model
+    pairs = {
+        "hidden_size": (planned.hidden, shape.hidden_size),
+        "intermediate_size": (planned.intermediate, shape.intermediate_size),
+        "num_attention_heads": (planned.query_heads, shape.num_attention_heads),
+        "num_key_value_heads": (planned.kv_heads, shape.num_key_value_heads),
+        "head_dim": (planned.head_dim, shape.head_dim),
+        "num_hidden_layers": (planned.layers, shape.num_hidden_layers),
+        "vocab_size": (planned.vocabulary, shape.vocab_size),
+    }
+    for name, (left, right) in pairs.items():
+        if left != right:
+            got = f"one for {planned.name} with {name} {left}"
+            raise invalid("plan", got, f"one for {shape.name}, whose {name} is {right}: make the plan anew")

@@ -9,12 +9,11 @@ import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 from tp_rs import _native, rope
-from tp_rs.checks import described, first, invalid, whole
+from tp_rs.checks import described, first, invalid, same_model, whole
 from tp_rs.errors import TPError
-from tp_rs.models import shape_of
 from tp_rs.plan import plan as make_plan
 from tp_rs.scratch import Scratch
-from tp_rs.splits import Split, Splits, total
+from tp_rs.splits import Splits, total
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -103,7 +102,7 @@ class TPContext(Splits):
                 raise invalid("plan", "a plan beside a model that is one", "only one of them")
             plan = model
         elif plan is not None:
-            _check_same(plan, model)
+            same_model(plan, model)
         self.model = model
         self.sin: list[torch.Tensor] | None = None
         self.cos: list[torch.Tensor] | None = None
@@ -236,7 +235,7 @@ class TPContext(Splits):
         communicator = self._live("gather", buffer)
         split = self.get_split(broadcast_type)
         shape, dtype = first("inputs", inputs)
-        target = self._pinned("gather", buffer, (*shape[:-1], total(split) * dim), dtype)
+        target = self._pinned("gather", buffer, (*shape[:-1], total(split) * whole("dim", dim)), dtype)
         communicator.gather(inputs, split, target, dim=dim)
         return target
 
@@ -252,7 +251,7 @@ class TPContext(Splits):
         communicator = self._live("allgather", buffer)
         split, target_split = self.get_split(broadcast_type_g), self.get_split(broadcast_type_b)
         shape, dtype = first("inputs", inputs)
-        shape = (*shape[:-1], total(split) * dim)
+        shape = (*shape[:-1], total(split) * whole("dim", dim))
         outputs = [self._empty(rank, shape, dtype) for rank, _, _ in target_split]
         communicator.all_gather(inputs, split, outputs, target_split, dim=dim)
         return outputs
@@ -269,7 +268,9 @@ class TPContext(Splits):
         communicator = self._live("reduce_scatter")
         split = self.get_split(broadcast_type)
         shape, dtype = first("inputs", inputs)
-        outputs = [self._empty(rank, (*shape[:-1], (b - a) * dim), dtype) for rank, a, b in split]
+        outputs = [
+            self._empty(rank, (*shape[:-1], (b - a) * whole("dim", dim)), dtype) for rank, a, b in split
+        ]
         communicator.reduce_scatter(inputs, outputs, split, dim=dim)
         return outputs
 
@@ -409,21 +410,3 @@ class TPContext(Splits):
         if type(buffer) is not int or not 0 <= buffer < _BUFFERS:
             raise invalid("buffer", repr(buffer), f"0 to {_BUFFERS - 1}")
         return self._communicator
-
-
-def _check_same(plan: _native.Plan, model: object) -> None:
-    """Refuse a plan that was made for a model of other dimensions."""
-    shape, planned = shape_of(model), plan.model
-    pairs = {
-        "hidden_size": (planned.hidden, shape.hidden_size),
-        "intermediate_size": (planned.intermediate, shape.intermediate_size),
-        "num_attention_heads": (planned.query_heads, shape.num_attention_heads),
-        "num_key_value_heads": (planned.kv_heads, shape.num_key_value_heads),
-        "head_dim": (planned.head_dim, shape.head_dim),
-        "num_hidden_layers": (planned.layers, shape.num_hidden_layers),
-        "vocab_size": (planned.vocabulary, shape.vocab_size),
-    }
-    for name, (left, right) in pairs.items():
-        if left != right:
-            got = f"one for {planned.name} with {name} {left}"
-            raise invalid("plan", got, f"one for {shape.name}, whose {name} is {right}: make the plan anew")

@@ -1,8 +1,8 @@
 """Tables of rotary position embeddings, from the parameters that a model's configuration carries.
 
 `default`, `linear` and `llama3` are computed here, in float32 and in the order of operations of
-transformers' `modeling_rope_utils`, so that the frequencies are the same numbers. The other kinds are asked of
-transformers.
+transformers' `modeling_rope_utils`, so that the frequencies are the same numbers. The other kinds are asked
+of transformers.
 """
 
 from __future__ import annotations

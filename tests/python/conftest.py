@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -44,3 +46,14 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     # What rich and typer look at; the tests set what they mean.
     for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS", "TERMINAL_WIDTH", "GITHUB_ACTIONS"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    # Fresh inputs in every run; pytest shows the line where a test fails.
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed: {seed}")  # noqa: T201
+    random.seed(seed)
+    torch: Any = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(seed)
