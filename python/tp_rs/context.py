@@ -82,7 +82,7 @@ class TPContext(Splits):
             model: What `tp_rs.plan` takes, or a `Plan`.
             gpu_split: GiB a rank; None for what is free.
             expect_cache_tokens: Tokens of all sequences together that the cache must hold; 0 leaves it to
-                `context`.
+                `context`, or with `strategy="exllamav2"` to the model's `max_seq_len * max_batch_size`.
             expect_cache_base: ExLlamaV2's cache class; tells how keys and values are stored.
             plan: A plan made before; `gpu_split` and what follows it are then left out.
             devices: The device of every rank. Left out, rank i is `cuda:i`, and "cpu" where no GPU is.
@@ -140,6 +140,14 @@ class TPContext(Splits):
         if expect_cache_base is not None:
             options.setdefault("cache", _CACHES.get(expect_cache_base.__name__, "fp16"))
         context = self._context
+        config = getattr(self.model, "config", self.model)
+        if (
+            not expect_cache_tokens
+            and options.get("strategy") == "exllamav2"
+            and hasattr(config, "max_seq_len")
+        ):
+            # What the reference takes for granted.
+            expect_cache_tokens = config.max_seq_len * getattr(config, "max_batch_size", 1)
         if context is None and expect_cache_tokens:
             context = -(-expect_cache_tokens // max(1, options.get("batch", 1)))
         devices = self._devices

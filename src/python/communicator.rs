@@ -92,8 +92,9 @@ impl Communicator {
             let name = device?.str()?.to_string();
             parsed.push(name.parse().map_err(|error| to_python(py, &error))?);
         }
-        let duration = Duration::try_from_secs_f64(timeout)
-            .map_err(|_| invalid(py, "timeout", format!("{timeout} s"), "a number of seconds above 0"))?;
+        let duration = Duration::try_from_secs_f64(timeout).map_err(|_| {
+            invalid(py, "timeout", format!("{timeout} s"), "a finite number of seconds above 0")
+        })?;
         let threads = threads.map(|threads| whole(threads, "threads")).transpose()?;
         let threads = threads.map(|threads| usize::try_from(threads).unwrap_or(usize::MAX));
         let options = CommOptions { timeout: duration, threads, poll: Some(Arc::new(poll)) };

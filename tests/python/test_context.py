@@ -8,7 +8,8 @@ import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,9 +24,6 @@ from tp_rs import (
     TPContext,
     rope,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 torch: Any = pytest.importorskip("torch")
 
@@ -389,6 +387,59 @@ def test_models_come_in_many_forms(tmp_path: Path) -> None:
         assert ctx.plan == plan
     with TPContext(forms[-1], [0.1, 0.1], 64) as ctx:
         assert ctx.get_sin_cos()[0][0].shape == (1, 1, 64, 32)
+
+
+def recorded() -> list[dict[str, Any]]:
+    path = Path(__file__).parents[1] / "data" / "reference_splits.jsonl"
+    cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [case for case in cases if case["gpu_split"] is not None and case["exception"] is None]
+
+
+class ExLlamaV2Attention:
+    def __init__(self, footprint: int) -> None:
+        self.footprint = footprint
+
+    def weight_footprint(self) -> int:
+        return self.footprint
+
+
+def exllamav2_model(case: dict[str, Any]) -> Any:
+    names = ("_size", "_heads", "_groups", "_dim", "_layers", "max_seq_len", "max_batch_size")
+    lm = types.SimpleNamespace(supports_tp=case["supports_tp"])
+    config = types.SimpleNamespace(
+        arch=types.SimpleNamespace(arch_string=case["arch_string"], lm=lm),
+        max_input_len=2048,
+        max_output_len=None,
+        **{name: value for name, value in case.items() if name.endswith(names)},
+    )
+    footprint = case["attn_footprint_bytes_per_layer"]
+    modules = [ExLlamaV2Attention(footprint) for _ in range(case["num_hidden_layers"])]
+    return types.SimpleNamespace(config=config, modules=modules)
+
+
+def test_splits_are_those_that_the_reference_recorded() -> None:
+    compared = 0
+    for case in random.sample(recorded(), 60):
+        kind = case["cache_type"]
+        cache = None if kind == "default(None)" else f"ExLlamaV2Cache{'' if kind == 'FP16' else '_' + kind}"
+        ctx = TPContext(
+            exllamav2_model(case),
+            case["gpu_split"],
+            case["expect_cache_tokens"],
+            None if cache is None else type(cache, (), {}),
+            strategy="exllamav2",
+            force=True,
+        )
+        for name in ("kv", "q", "id", "rs", "vc"):
+            expected = [tuple(share) for share in case[f"{name}_split"]]
+            assert getattr(ctx, f"{name}_split") == expected, case
+            assert getattr(ctx, f"{name}_split_devs") == case[f"{name}_split_devs"], case
+        # The reference forgets the ranks that have columns of the residual stream only.
+        assert ctx.all_devs == sorted({*case["all_devs"], *case["rs_split_devs"]}), case
+        assert ctx.device == ctx.all_devs[0]
+        assert ctx.num_devices == ctx.all_devs[-1] + 1
+        compared += 1
+    assert compared == 60
 
 
 def test_plans_that_cannot_be_used_are_refused() -> None:
