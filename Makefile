@@ -70,7 +70,7 @@ test-python: .venv/.installed ## Tests of the Python package
 # Apart from `make test`, for now: torch and the libraries beside it are 5 GB.
 test-models: .venv-models/.installed $(DEMO) ## Types and tests of running transformers models (fetches 5 GB)
 	.venv-models/bin/mypy --config-file= --strict --ignore-missing-imports -p tp_rs.integrations.transformers
-	.venv-models/bin/pytest tests/python/models
+	.venv-models/bin/pytest tests/python/models tests/python/test_communicator.py tests/python/test_context.py
 
 wheel: .venv/.requirements ## A wheel for glibc 2.28 and later, in dist/
 	$(UV) run --no-project --python $(BIN)/python --with-requirements requirements/wheel.txt -- \
