@@ -1,6 +1,6 @@
 """Tensor parallelism in one process, over devices that need not match.
 
-This version plans: it reads a checkpoint's headers, divides the model over the memory of the devices and says
+It reads a checkpoint's headers, divides the model over the memory of the devices and says
 what every rank holds, byte by byte, before anything is loaded.
 
     >>> import tp_rs
