@@ -1,0 +1,349 @@
+// How ranks meet: what they share, how they wait, and how a wait ends.
+//
+// Every operation is one kernel a rank. Kernels of one operation find each other by a sequence number that each
+// rank counts in its own memory, so that a captured graph can be replayed any number of times. A kernel tells its
+// peers what it brings by a letter in their inbox, waits for theirs, and works. All waits are bounded.
+//
+// The layouts below are read by src/comm/cuda/layout.rs, which asserts their sizes.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr u32 MOST_RANKS = 16;
+// Blocks that one rank may use; flags are kept for so many.
+constexpr u32 MOST_BLOCKS = 128;
+constexpr u32 THREADS = 512;
+
+// What a rank brings (Call::role, Letter::role).
+constexpr u32 GIVES = 1;
+constexpr u32 GETS = 2;
+// Every peer can read and write this rank's tensors where they are.
+constexpr u32 REACHABLE = 4;
+
+// Why a communicator stopped (Status::state).
+constexpr u32 TIMED_OUT = 1;
+constexpr u32 DISAGREED = 2;
+constexpr u32 TOLD_BY_PEER = 3;
+constexpr u32 TOLD_BY_HOST = 4;
+
+// In host memory that the device sees: what the host reads when it looks after a rank.
+struct Status {
+    u32 state;
+    u32 sequence;
+    u32 missing;    // a bit for each rank that did not come, or that made another call
+    u32 signature;  // of the call that did not succeed
+};
+
+// A value beside the sequence number it belongs to. It is written and read in one access of 8 bytes, so whoever
+// sees the number sees the value: data is its own flag, and no bit pattern is taken from the data.
+struct Letter {
+    u32 words[8][2];  // signature, role, data (low, high), stride (low, high), two unused
+};
+
+// Memory that one rank writes and one other reads. It lies with the reader where the writer can reach that, else
+// in host memory.
+struct Inbox {
+    Letter letters[2];           // of even and odd operations
+    u64 finished[MOST_BLOCKS];   // sequence number: the writer's block needs nothing of the reader any more
+    u64 staged[MOST_BLOCKS];     // sequence number << 24 | chunks that the writer's block has staged
+    u64 consumed[MOST_BLOCKS];   // the same for chunks of the reader that the writer's block is done with
+    u32 stop;                    // the writer stopped
+    u32 unused[31];
+    // Behind it: two areas for the data of small sums, each twice as large as the data.
+};
+
+// One rank. Everything up to `unused` is constant.
+struct Rank {
+    u32 rank;
+    u32 ranks;
+    u32 chunk_bytes;             // of one slot of one block; a multiple of 16
+    u32 slots;
+    u64 small_bytes;             // the largest tensor that is pushed
+    Inbox *out[MOST_RANKS];      // written by this rank, read by that one
+    Inbox *in[MOST_RANKS];       // written by that rank, read by this one
+    u8 *stage[MOST_RANKS];       // each rank's staging memory, as this rank sees it
+    Status *status;
+    const u32 *stop;             // set by the host
+    u64 unused;
+    u64 sequence;                // operations that are done; 32 bits would be full within a day
+    u32 leaving;                 // blocks of the running one that are done
+    u32 broken;
+};
+
+struct View {
+    u64 data;
+    u64 rows;
+    u64 columns;  // elements side by side
+    u64 stride;   // elements from row to row
+};
+
+// What one rank brings to an operation.
+struct Member {
+    Rank *rank;
+    u64 input;
+    u64 input_stride;  // elements from row to row
+    u64 output;
+    u64 output_stride;
+    u32 role;
+    u32 unused;
+};
+
+// Kernel parameter of every operation. Ranks that share a stream share a launch, of which each has the blocks of
+// one `blockIdx.y`: kernels that follow each other on a stream could not wait for each other.
+struct Call {
+    u64 timeout;    // ns
+    u64 rows;
+    u64 columns;    // of the whole
+    u32 signature;  // of what all ranks have to agree on
+    u32 unused;
+    // Columns that each rank gives to the whole, or gets of it, and where in its own part they begin.
+    u32 begin[MOST_RANKS];
+    u32 end[MOST_RANKS];
+    u32 skip[MOST_RANKS];
+    Member members[MOST_RANKS];
+
+    __device__ __forceinline__ const Member &me() const { return members[blockIdx.y]; }
+    __device__ __forceinline__ Rank *rank() const { return me().rank; }
+    __device__ __forceinline__ u32 role() const { return me().role; }
+    __device__ __forceinline__ bool gives() const { return (role() & GIVES) != 0; }
+    __device__ __forceinline__ bool gets() const { return (role() & GETS) != 0; }
+    __device__ __forceinline__ u32 width(u32 peer) const {
+        return end[peer] > begin[peer] ? end[peer] - begin[peer] : 0;
+    }
+    __device__ __forceinline__ View input(u64 wide) const {
+        return View{me().input, rows, wide, me().input_stride};
+    }
+    __device__ __forceinline__ View output(u64 wide) const {
+        return View{me().output, rows, wide, me().output_stride};
+    }
+};
+
+// A peer of the running operation.
+struct Peer {
+    u64 data;
+    u64 stride;
+    u32 role;
+    u32 padding;
+};
+
+__device__ __forceinline__ u32 load_volatile(const u32 *at) {
+    u32 value;
+    asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ u64 load_volatile(const u64 *at) {
+    u64 value;
+    asm volatile("ld.volatile.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ uint4 load_volatile(const uint4 *at) {
+    uint4 value;
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(at)
+                 : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_volatile(uint4 *at, uint4 value) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(value.x), "r"(value.y),
+                 "r"(value.z), "r"(value.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ u64 load_acquire(const u64 *at) {
+    u64 value;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_release(u64 *at, u64 value) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ u64 nanoseconds() {
+    u64 value;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
+    return value;
+}
+
+// Marks the rank as stopped and says why, once; tells the peers, so that they need not wait in vain.
+__device__ __noinline__ void stop(Rank *rank, u32 state, u32 missing, u32 signature) {
+    if (atomicExch(&rank->broken, 1) != 0) return;
+    volatile Status *status = rank->status;
+    status->sequence = (u32)rank->sequence + 1;
+    status->missing = missing;
+    status->signature = signature;
+    __threadfence_system();
+    status->state = state;
+#pragma unroll 1
+    for (u32 peer = 0; peer < rank->ranks; ++peer) {
+        if (peer != rank->rank) *(volatile u32 *)&rank->out[peer]->stop = 1;
+    }
+    __threadfence_system();
+}
+
+// The ranks whose letters of the running operation are not there.
+__device__ __noinline__ u32 absent(const Rank *rank) {
+    const u32 sequence = (u32)rank->sequence + 1;
+    u32 missing = 0;
+#pragma unroll 1
+    for (u32 peer = 0; peer < rank->ranks; ++peer) {
+        if (peer != rank->rank && load_volatile(&rank->in[peer]->letters[sequence & 1].words[0][1]) != sequence) {
+            missing |= 1u << peer;
+        }
+    }
+    return missing;
+}
+
+// Ends waits. Its `over` is asked at every fruitless look and does something at every 1024th only.
+struct Patience {
+    const Call &call;
+    u32 looks = 0;
+    u64 since = 0;
+
+    __device__ explicit Patience(const Call &call) : call(call) {}
+
+    // Whether waiting for `peer` has to end.
+    __device__ bool over(u32 peer) {
+        return (++looks & 1023) == 0 && ask(peer);
+    }
+
+  private:
+    __device__ __noinline__ bool ask(u32 peer) {
+        Rank *rank = call.rank();
+        if (load_volatile(&rank->broken)) return true;
+        if (load_volatile(rank->stop)) {
+            stop(rank, TOLD_BY_HOST, 0, call.signature);
+            return true;
+        }
+        if (load_volatile(&rank->in[peer]->stop)) {
+            stop(rank, TOLD_BY_PEER, 1u << peer, call.signature);
+            return true;
+        }
+        const u64 now = nanoseconds();
+        if (since == 0) since = now;
+        if (now - since < call.timeout) return false;
+        stop(rank, TIMED_OUT, absent(rank) | 1u << peer, call.signature);
+        return true;
+    }
+};
+
+// One operation as one block of one rank sees it.
+struct Meeting {
+    u64 sequence;
+    bool alive;
+    Peer peers[MOST_RANKS];
+
+    // Of the ranks that give or get anything.
+    __device__ bool present(u32 peer) const { return (peers[peer].role & (GIVES | GETS)) != 0; }
+    __device__ bool gives(u32 peer) const { return (peers[peer].role & GIVES) != 0; }
+    __device__ bool gets(u32 peer) const { return (peers[peer].role & GETS) != 0; }
+};
+
+// Writes this rank's letters. The sequence number of the operation is returned.
+__device__ __forceinline__ u64 announce(const Call &call) {
+    Rank *rank = call.rank();
+    const u64 whole = load_volatile(&rank->sequence) + 1;
+    const u32 sequence = (u32)whole;
+    const u32 peer = threadIdx.x;
+    if (blockIdx.x == 0 && peer < rank->ranks && peer != rank->rank) {
+        const u64 data = call.gives() ? call.me().input : call.me().output;
+        const u64 stride = call.gives() ? call.me().input_stride : call.me().output_stride;
+        uint4 *letter = (uint4 *)&rank->out[peer]->letters[sequence & 1];
+        store_volatile(letter, make_uint4(call.signature, sequence, call.role(), sequence));
+        store_volatile(letter + 1, make_uint4((u32)data, sequence, (u32)(data >> 32), sequence));
+        store_volatile(letter + 2, make_uint4((u32)stride, sequence, (u32)(stride >> 32), sequence));
+    }
+    return whole;
+}
+
+// Reads one part of a letter once it is there.
+__device__ __forceinline__ bool receive(Patience &patience, const uint4 *part, u32 sequence, u32 peer,
+                                        uint4 &value) {
+    for (;;) {
+        value = load_volatile(part);
+        if (value.y == sequence && value.w == sequence) return true;
+        if (patience.over(peer)) return false;
+    }
+}
+
+// Waits for all letters. Ends in a barrier of the block; `meeting` is in shared memory. False: leave at once.
+__device__ __noinline__ bool meet(const Call &call, u64 whole, Meeting &meeting) {
+    const u32 sequence = (u32)whole;
+    Rank *rank = call.rank();
+    if (threadIdx.x == 0) {
+        meeting.sequence = whole;
+        meeting.alive = load_volatile(&rank->broken) == 0;
+    }
+    __syncthreads();
+    const u32 peer = threadIdx.x;
+    if (peer < rank->ranks) {
+        Peer &about = meeting.peers[peer];
+        if (peer == rank->rank) {
+            about.data = call.gives() ? call.me().input : call.me().output;
+            about.stride = call.gives() ? call.me().input_stride : call.me().output_stride;
+            about.role = call.role();
+        } else {
+            Patience patience(call);
+            const uint4 *letter = (const uint4 *)&rank->in[peer]->letters[sequence & 1];
+            uint4 what, data, stride;
+            if (receive(patience, letter, sequence, peer, what) &&
+                receive(patience, letter + 1, sequence, peer, data) &&
+                receive(patience, letter + 2, sequence, peer, stride)) {
+                about.data = data.x | (u64)data.z << 32;
+                about.stride = stride.x | (u64)stride.z << 32;
+                about.role = what.z;
+                if (what.x != call.signature && (what.z & (GIVES | GETS)) && (call.role() & (GIVES | GETS))) {
+                    stop(rank, DISAGREED, 1u << peer, call.signature);
+                    meeting.alive = false;
+                }
+            } else {
+                meeting.alive = false;
+            }
+        }
+    }
+    // What peers wrote before their letters is read after it.
+    __threadfence_system();
+    __syncthreads();
+    return meeting.alive;
+}
+
+// Waits until the u64 that `peer` writes has come to `least`.
+__device__ __noinline__ bool wait_for(const Call &call, const u64 *flag, u64 least, u32 peer) {
+    Patience patience(call);
+    while (load_acquire(flag) < least) {
+        if (patience.over(peer)) return false;
+    }
+    return true;
+}
+
+// Waits until no peer needs this block's memory any more and all that peers write here has been written.
+__device__ __noinline__ bool part(const Call &call, Meeting &meeting) {
+    Rank *rank = call.rank();
+    __threadfence_system();
+    __syncthreads();
+    const u32 peer = threadIdx.x;
+    if (peer < rank->ranks && peer != rank->rank && meeting.present(peer)) {
+        store_release(&rank->out[peer]->finished[blockIdx.x], meeting.sequence);
+        if (!wait_for(call, &rank->in[peer]->finished[blockIdx.x], meeting.sequence, peer)) meeting.alive = false;
+    }
+    __syncthreads();
+    return meeting.alive;
+}
+
+// Counts the operation. The last block to leave does it.
+__device__ __noinline__ void close(const Call &call, u64 sequence) {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    Rank *rank = call.rank();
+    if (atomicAdd(&rank->leaving, 1) == gridDim.x - 1) {
+        rank->leaving = 0;
+        rank->sequence = sequence;
+    }
+}

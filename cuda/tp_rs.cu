@@ -1,0 +1,88 @@
+// The kernels, one for each operation and element type. All take one `Call`, except those that no ranks meet in.
+#include "staged.cuh"
+
+__device__ __forceinline__ bool all_reachable(const Call &call, const Meeting &meeting) {
+#pragma unroll 1
+    for (u32 peer = 0; peer < call.rank()->ranks; ++peer) {
+        if (meeting.present(peer) && (meeting.peers[peer].role & REACHABLE) == 0) return false;
+    }
+    return true;
+}
+
+// Announces, meets, works and parts. `work` returns whether it came to its end.
+template <class Work> __device__ __forceinline__ void together(const Call &call, Work work) {
+    __shared__ Meeting meeting;
+    const u64 sequence = announce(call);
+    if (meet(call, sequence, meeting) && (call.role() & (GIVES | GETS)) != 0 && work(meeting)) part(call, meeting);
+    close(call, sequence);
+}
+
+template <class T> __device__ __forceinline__ void all_reduce_large(const Call &call) {
+    __shared__ u64 bytes[MOST_RANKS];
+    together(call, [&](Meeting &meeting) {
+        if (!all_reachable(call, meeting)) return all_reduce_staged<T>(call, meeting, bytes);
+        all_reduce_in_place<T>(call, meeting);
+        return true;
+    });
+}
+
+template <class T> __device__ __forceinline__ void reduce_scatter(const Call &call) {
+    __shared__ u64 bytes[MOST_RANKS];
+    together(call, [&](Meeting &meeting) {
+        if (!all_reachable(call, meeting)) return reduce_scatter_staged<T>(call, meeting, bytes);
+        reduce_scatter_direct<T>(call, meeting);
+        return true;
+    });
+}
+
+#define SUMS(name, T)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce_small_##name(const __grid_constant__ Call call) { \
+        all_reduce_small<T>(call);                                                                                  \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce_large_##name(const __grid_constant__ Call call) { \
+        all_reduce_large<T>(call);                                                                                  \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) reduce_scatter_##name(const __grid_constant__ Call call) { \
+        reduce_scatter<T>(call);                                                                                    \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) add_residual_##name(const __grid_constant__ Call call) { \
+        add_residual<T>(call);                                                                                      \
+    }
+
+SUMS(f64, Double)
+SUMS(f32, Float)
+SUMS(f16, Half)
+SUMS(bf16, BrainFloat)
+SUMS(f8e4m3, E4M3)
+SUMS(f8e5m2, E5M2)
+
+// Broadcast, gather to a rank, all_gather: everyone who gets anything takes it. Columns are in bytes. With neither
+// to give nor to get it is a barrier.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) take(const __grid_constant__ Call call) {
+    __shared__ u64 bytes[MOST_RANKS];
+    together(call, [&](Meeting &meeting) {
+        if (!all_reachable(call, meeting)) return take_staged(call, meeting, bytes);
+        take_direct(call, meeting);
+        return true;
+    });
+}
+
+// The sizes that src/comm/cuda/layout.rs must agree with.
+extern "C" __device__ const u32 tp_rs_layout[5] = {sizeof(Status), sizeof(Inbox), sizeof(Rank), sizeof(Call), THREADS};
+
+// Copies rows of bytes between places that one device sees: a rank's own columns to or from host memory.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) copy(const __grid_constant__ Rows rows) { copy_rows(rows); }
+
+// Writes a pattern to a peer's memory, or checks it there: the number of wrong words is added to `wrong`.
+extern "C" __global__ void write_pattern(u32 *memory, u32 words, u32 seed) {
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < words; i += gridDim.x * blockDim.x) {
+        memory[i] = (i ^ seed) * 2654435761u;
+    }
+    __threadfence_system();
+}
+
+extern "C" __global__ void check_pattern(const u32 *memory, u32 words, u32 seed, u32 *wrong) {
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < words; i += gridDim.x * blockDim.x) {
+        if (load_volatile(memory + i) != (i ^ seed) * 2654435761u) atomicAdd(wrong, 1);
+    }
+}
