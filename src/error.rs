@@ -120,15 +120,18 @@ pub enum Error {
 
     /// Ranks did not come to a collective call in time. The communicator is broken from then on.
     #[error(
-        "{operation} on rank {rank}: ranks {missing:?} did not come within {seconds} s; every rank has to make \
+        "{operation} on rank {rank} ({device}): ranks {missing:?} did not come within {seconds} s; every rank has to make \
          the same calls in the same order: find out what kept them, then make a new communicator, with a \
-         longer timeout if they were only slow"
+         longer timeout if they were only slow. One thread that launches many calls of one GPU rank before those of \
+         the others fills the driver's queue: interleave the ranks, give each a thread, or capture graphs"
     )]
     CollectiveTimeout {
         /// The call that waited.
         operation: &'static str,
         /// The rank that waited.
         rank: usize,
+        /// Where it is.
+        device: crate::device::Device,
         /// The ranks that had not come.
         missing: Vec<usize>,
         /// How long was waited, in seconds.

@@ -26,6 +26,10 @@ pub(crate) trait Backend: Send + Sync {
     /// Fails if the communicator was stopped.
     fn check(&self, operation: &'static str) -> Result<()>;
 
+    /// Waits until the work of all ranks on `streams` is done, one a rank. Work on host memory is done when its call
+    /// returns.
+    fn wait(&self, streams: &[Stream]) -> Result<()>;
+
     /// Stops the communicator and wakes whoever waits.
     fn stop(&self, reason: String);
 }

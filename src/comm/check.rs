@@ -70,6 +70,63 @@ pub(crate) fn together(operation: &Operation<'_>, pairs: &[Pair], devices: &[Dev
     call.overlaps()
 }
 
+/// Checks what one rank can know of an operation: its own tensors. What ranks do not agree on is found by whoever
+/// meets them.
+#[cfg(feature = "cuda")]
+pub(crate) fn alone(operation: &Operation<'_>, rank: usize, pair: &Pair, devices: &[Device]) -> Check {
+    if rank >= devices.len() {
+        return Err(Refusal::new("rank", rank, format!("a rank below {}", devices.len())));
+    }
+    let mut pairs = vec![Pair::default(); devices.len()];
+    if let Some(place) = pairs.get_mut(rank) {
+        *place = *pair;
+    }
+    let call = Call { operation, pairs: &pairs, ranks: devices.len() };
+    if let Some(layout) = operation.layout() {
+        call.layout(layout)?;
+    }
+    if let Operation::Broadcast { root } | Operation::Gather { root, .. } = operation
+        && *root >= devices.len()
+    {
+        return Err(Refusal::new(call.name("root"), root, format!("a rank below {}", devices.len())));
+    }
+    for (role, tensor) in [("input", &pair.input), ("output", &pair.output)] {
+        if let Some(tensor) = tensor {
+            call.tensor(rank, role, tensor, devices.get(rank))?;
+        }
+    }
+    call.dtypes()?;
+    let rows = pair.gives().or(pair.gets()).map_or(0, |tensor| tensor.rows);
+    let why = "as the split says, for as many rows as the rank's other tensor";
+    match operation {
+        Operation::Gather { root, layout } => {
+            if layout.width(rank) > 0 {
+                call.shape(rank, "input", (rows, layout.width(rank)), why)?;
+            } else {
+                call.shape(rank, "input", (0, 0), "nothing: the split leaves this rank out")?;
+            }
+            if *root == rank {
+                call.shape(rank, "output", (rows, layout.total()), why)?;
+            }
+        }
+        Operation::AllGather { layout } => {
+            let width = layout.width(rank);
+            call.shape(rank, "input", if width > 0 { (rows, width) } else { (0, 0) }, why)?;
+            if pair.gets().is_some() {
+                call.shape(rank, "output", (rows, layout.total()), why)?;
+            }
+        }
+        Operation::ReduceScatter { layout } => {
+            if pair.gives().is_some() {
+                call.shape(rank, "input", (rows, layout.total()), why)?;
+            }
+            call.shape(rank, "output", (rows, layout.width(rank)), why)?;
+        }
+        _ => {}
+    }
+    call.overlaps()
+}
+
 struct Call<'a> {
     operation: &'a Operation<'a>,
     pairs: &'a [Pair],

@@ -1,5 +1,6 @@
 //! The communicator and its list calls.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,11 +29,29 @@ pub struct CommOptions {
     pub threads: Option<usize>,
     /// Called now and then by a rank that sleeps until others come.
     pub poll: Option<Poll>,
+    /// How data gets from one CUDA device to another.
+    pub peers: Peers,
+}
+
+/// How data gets from one CUDA device to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Peers {
+    /// Directly, between devices for which that was proved by writing and reading a pattern; through pinned host
+    /// memory between others.
+    #[default]
+    Proved,
+    /// Always through pinned host memory, also between ranks on one device. To try out what a machine without peer
+    /// access does.
+    Staged,
+    /// As if the driver claimed access that does not work. To test that the proof notices.
+    #[doc(hidden)]
+    Lying,
 }
 
 impl Default for CommOptions {
     fn default() -> Self {
-        Self { timeout: Duration::from_secs(30), threads: None, poll: None }
+        Self { timeout: Duration::from_secs(30), threads: None, poll: None, peers: Peers::default() }
     }
 }
 
@@ -42,6 +61,7 @@ impl std::fmt::Debug for CommOptions {
             .field("timeout", &self.timeout)
             .field("threads", &self.threads)
             .field("poll", &self.poll.as_ref().map(|_| ".."))
+            .field("peers", &self.peers)
             .finish()
     }
 }
@@ -65,12 +85,24 @@ impl std::fmt::Debug for Communicator {
     }
 }
 
+#[cfg(feature = "cuda")]
+fn on_cuda(devices: &[Device], options: &CommOptions) -> Result<Box<dyn Backend>> {
+    Ok(Box::new(super::cuda::Cuda::new(devices, options)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_cuda(devices: &[Device], _options: &CommOptions) -> Result<Box<dyn Backend>> {
+    let first = devices.iter().find(|device| **device != Device::Cpu).unwrap_or(&Device::Cpu);
+    let wanted = "\"cpu\" for every rank: this build of the crate is without the feature `cuda`";
+    Err(Error::invalid("devices", first, wanted))
+}
+
 impl Communicator {
     /// A communicator whose rank `i` is on `devices[i]`. Several ranks may share a device.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for no device, for more than 64, for a timeout of zero, and for devices other
-    /// than host memory.
+    /// [`Error::InvalidArgument`] for no device, for more than 64 (16 CUDA ranks), for a timeout of zero, for CUDA
+    /// devices beside host memory, and for a CUDA device that is not there; [`Error::Driver`] where the driver fails.
     pub fn new(devices: &[Device], options: &CommOptions) -> Result<Self> {
         if devices.is_empty() || devices.len() > MOST_RANKS {
             let got = format!("{} devices", devices.len());
@@ -82,11 +114,12 @@ impl Communicator {
         if options.threads == Some(0) {
             return Err(Error::invalid("threads", 0, "1 or more, or none for one a core"));
         }
-        if let Some((rank, device)) = devices.iter().enumerate().find(|(_, device)| **device != Device::Cpu) {
-            let wanted = "\"cpu\" for every rank: this build moves data between ranks on host memory only";
-            return Err(Error::invalid(format!("devices[{rank}]"), device, wanted));
-        }
-        Ok(Self { devices: devices.to_vec(), backend: Box::new(Cpu::new(devices, options)) })
+        let backend: Box<dyn Backend> = if devices.iter().all(|device| *device == Device::Cpu) {
+            Box::new(Cpu::new(devices, options))
+        } else {
+            on_cuda(devices, options)?
+        };
+        Ok(Self { devices: devices.to_vec(), backend })
     }
 
     /// The device of every rank.
@@ -108,6 +141,15 @@ impl Communicator {
     /// was called.
     pub fn check(&self) -> Result<()> {
         self.backend.check("check")
+    }
+
+    /// Waits until the work of all ranks on `streams` is done; on host memory it is. `streams` is as in list calls.
+    ///
+    /// # Errors
+    /// As for [`Communicator::check`]; [`Error::Driver`] where a device failed.
+    pub fn wait(&self, streams: &[Stream]) -> Result<()> {
+        let streams = self.one_a_rank(streams)?;
+        self.backend.wait(&streams)
     }
 
     /// Every tensor becomes the sum of all, in place. A rank without a tensor, or with one without elements,
@@ -273,21 +315,21 @@ impl Communicator {
         streams: &[Stream],
     ) -> Result<()> {
         self.backend.check(operation.name())?;
-        let default;
-        let streams = match streams.len() {
-            0 => {
-                default = vec![Stream::default(); self.devices.len()];
-                default.as_slice()
-            }
-            count if count == self.devices.len() => streams,
-            count => {
-                let wanted = format!("{}, one a rank, or none", self.devices.len());
-                return Err(Error::invalid("streams", format!("{count} streams"), wanted));
-            }
-        };
+        let streams = self.one_a_rank(streams)?;
         check::together(operation, pairs, &self.devices)?;
         // SAFETY: the caller's promise is passed on, and the operation was checked.
-        unsafe { self.backend.list(operation, pairs, streams) }
+        unsafe { self.backend.list(operation, pairs, &streams) }
+    }
+
+    fn one_a_rank<'a>(&self, streams: &'a [Stream]) -> Result<Cow<'a, [Stream]>> {
+        match streams.len() {
+            0 => Ok(Cow::Owned(vec![Stream::default(); self.devices.len()])),
+            count if count == self.devices.len() => Ok(Cow::Borrowed(streams)),
+            count => {
+                let wanted = format!("{}, one a rank, or none", self.devices.len());
+                Err(Error::invalid("streams", format!("{count} streams"), wanted))
+            }
+        }
     }
 
     /// Gives every tensor to its rank: the next one on the tensor's device.

@@ -110,6 +110,10 @@ impl Backend for Cpu {
         self.meeting.check(operation)
     }
 
+    fn wait(&self, _streams: &[Stream]) -> Result<()> {
+        self.check("wait")
+    }
+
     fn stop(&self, reason: String) {
         self.meeting.stop(reason);
     }

@@ -13,6 +13,7 @@ use super::check::Refusal;
 use super::sync::{
     AtomicBool, AtomicU64, Condvar, Mutex, MutexGuard, Ordering, PoisonError, spin_loop, yield_now,
 };
+use crate::device::Device;
 use crate::error::{Error, Result};
 
 /// How often a sleeping rank looks whether it was interrupted.
@@ -68,9 +69,13 @@ impl Failure {
     /// The error of a rank that was waiting when it happened.
     fn of_waiting(&self, operation: &'static str, rank: usize) -> Error {
         match self {
-            Self::Timeout { missing, seconds, .. } => {
-                Error::CollectiveTimeout { operation, rank, missing: missing.clone(), seconds: *seconds }
-            }
+            Self::Timeout { missing, seconds, .. } => Error::CollectiveTimeout {
+                operation,
+                rank,
+                device: Device::Cpu,
+                missing: missing.clone(),
+                seconds: *seconds,
+            },
             Self::Stopped { reason } => Error::Aborted { operation, reason: reason.clone() },
         }
     }

@@ -80,7 +80,7 @@ fn a_rank_that_never_comes_is_named_to_all() {
     });
     for (rank, error) in errors.into_iter().enumerate() {
         match error {
-            Some(Error::CollectiveTimeout { operation: "gather", rank: who, missing, seconds }) => {
+            Some(Error::CollectiveTimeout { operation: "gather", rank: who, missing, seconds, .. }) => {
                 assert_eq!((who, missing), (rank, vec![1, 3]));
                 assert!((seconds - 0.12).abs() < 1e-9);
             }

@@ -17,6 +17,8 @@ mod backend;
 mod check;
 mod communicator;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod dtype;
 mod job;
 mod meeting;
@@ -26,7 +28,7 @@ mod sum;
 mod sync;
 mod view;
 
-pub use communicator::{CommOptions, Communicator, Poll};
+pub use communicator::{CommOptions, Communicator, Peers, Poll};
 pub use dtype::DType;
 pub use view::Tensor;
 

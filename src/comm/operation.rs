@@ -31,6 +31,10 @@ pub(crate) struct Layout<'a> {
     pub(crate) dim: u64,
 }
 
+#[cfg(feature = "cuda")]
+const NAMES: [&str; 7] =
+    ["barrier", "all_reduce", "broadcast", "gather", "all_gather", "reduce_scatter", "add_residual"];
+
 impl<'a> Layout<'a> {
     pub(crate) fn new(split: &'a Split, dim: u64) -> Self {
         Self { split: Cow::Borrowed(split), dim }
@@ -83,6 +87,19 @@ impl Operation<'_> {
             Self::ReduceScatter { layout } => Operation::ReduceScatter { layout: layout.into_owned() },
             Self::AddResidual { layout } => Operation::AddResidual { layout: layout.into_owned() },
         }
+    }
+
+    /// A number below 8 for the kind of operation.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn tag(&self) -> u32 {
+        let position = NAMES.iter().position(|name| *name == self.name());
+        u32::try_from(position.unwrap_or(0)).unwrap_or(0)
+    }
+
+    /// The name of the kind that has this number.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn name_of_tag(tag: u32) -> &'static str {
+        NAMES.get(tag as usize).copied().unwrap_or("collective")
     }
 
     /// Whether elements are added up.

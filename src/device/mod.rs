@@ -1,7 +1,7 @@
 //! Devices: which there are, what is free on them, and how fast their memory is.
 
 #[cfg(feature = "cuda")]
-mod driver;
+pub(crate) mod cuda;
 mod place;
 
 pub use place::{Device, Stream};
@@ -36,7 +36,7 @@ pub struct CudaDevice {
 #[cfg_attr(not(feature = "cuda"), allow(clippy::unnecessary_wraps))]
 pub fn cuda_devices() -> Result<Vec<CudaDevice>> {
     #[cfg(feature = "cuda")]
-    return driver::devices();
+    return cuda::devices();
     #[cfg(not(feature = "cuda"))]
     return Ok(Vec::new());
 }

@@ -5,11 +5,13 @@ use std::sync::OnceLock;
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
 
-use super::CudaDevice;
-use crate::error::{Error, Result};
+use super::calls::check;
+use super::context::Context;
+use crate::device::CudaDevice;
+use crate::error::Result;
 
-/// What is called here, under the versioned names that cudarc looks up.
-const SYMBOLS: [&CStr; 12] = [
+/// What this crate calls, under the versioned names that cudarc looks up.
+const SYMBOLS: [&CStr; 39] = [
     c"cuInit",
     c"cuGetErrorName",
     c"cuDeviceGet",
@@ -17,11 +19,38 @@ const SYMBOLS: [&CStr; 12] = [
     c"cuDeviceGetName",
     c"cuDeviceGetAttribute",
     c"cuDeviceTotalMem_v2",
+    c"cuDeviceCanAccessPeer",
     c"cuDevicePrimaryCtxRetain",
     c"cuDevicePrimaryCtxRelease_v2",
+    c"cuCtxGetCurrent",
     c"cuCtxPushCurrent_v2",
     c"cuCtxPopCurrent_v2",
+    c"cuCtxEnablePeerAccess",
     c"cuMemGetInfo_v2",
+    c"cuMemAlloc_v2",
+    c"cuMemFree_v2",
+    c"cuMemHostAlloc",
+    c"cuMemFreeHost",
+    c"cuMemHostGetDevicePointer_v2",
+    c"cuMemsetD8Async",
+    c"cuMemcpy2DAsync_v2",
+    c"cuMemcpyHtoDAsync_v2",
+    c"cuMemcpyDtoHAsync_v2",
+    c"cuPointerGetAttributes",
+    c"cuStreamCreate",
+    c"cuStreamDestroy_v2",
+    c"cuStreamSynchronize",
+    c"cuStreamWaitEvent",
+    c"cuStreamIsCapturing",
+    c"cuEventCreate",
+    c"cuEventDestroy_v2",
+    c"cuEventRecord",
+    c"cuModuleLoadData",
+    c"cuModuleUnload",
+    c"cuModuleGetFunction",
+    c"cuModuleGetGlobal_v2",
+    c"cuFuncGetAttribute",
+    c"cuLaunchKernel",
 ];
 
 /// Whether a driver with everything that is called here can be loaded. Looked up once: a search that fails tries
@@ -44,45 +73,26 @@ fn present() -> bool {
     })
 }
 
-fn check(call: &'static str, device: Option<usize>, code: CUresult) -> Result<()> {
-    if code == CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let mut text = std::ptr::null();
-    // SAFETY: `text` is a valid place for a pointer; the driver's strings live as long as the process.
-    let known =
-        unsafe { sys::cuGetErrorName(code, &raw mut text) } == CUresult::CUDA_SUCCESS && !text.is_null();
-    let name = if known {
-        // SAFETY: on success the driver stored a NUL-terminated string of static lifetime.
-        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
-    } else {
-        "unknown error".to_owned()
-    };
-    Err(Error::Driver {
-        call,
-        device: device.map_or_else(|| "the driver".to_owned(), |index| format!("cuda:{index}")),
-        name,
-        code: code as i32,
-        remedy: "check that `nvidia-smi` works and that the device is free, or give gpu_split and devices yourself"
-            .to_owned(),
-    })
+pub(crate) fn devices() -> Result<Vec<CudaDevice>> {
+    (0..count()?).map(describe).collect()
 }
 
-pub(super) fn devices() -> Result<Vec<CudaDevice>> {
+/// How many devices there are; none without a driver.
+pub(super) fn count() -> Result<usize> {
     if !present() {
-        return Ok(Vec::new());
+        return Ok(0);
     }
     // SAFETY: the symbol was found; 0 is the only flag there is.
     let code = unsafe { sys::cuInit(0) };
     // A driver with no device, or the linker's stand-in for a driver, is a machine without GPUs.
     if matches!(code, CUresult::CUDA_ERROR_NO_DEVICE | CUresult::CUDA_ERROR_STUB_LIBRARY) {
-        return Ok(Vec::new());
+        return Ok(0);
     }
     check("cuInit", None, code)?;
     let mut count = 0;
     // SAFETY: `count` is a valid place for an int.
     check("cuDeviceGetCount", None, unsafe { sys::cuDeviceGetCount(&raw mut count) })?;
-    (0..usize::try_from(count).unwrap_or(0)).map(describe).collect()
+    Ok(usize::try_from(count).unwrap_or(0))
 }
 
 fn describe(index: usize) -> Result<CudaDevice> {
@@ -107,7 +117,7 @@ fn describe(index: usize) -> Result<CudaDevice> {
     let bandwidth = clock.zip(bits).map(|(clock, bits)| 2.0 * clock * 1e3 * bits / 8.0 / 1e9);
 
     let total_bytes = total as u64;
-    let free_bytes = free_bytes(index, device)?.min(total_bytes);
+    let free_bytes = free_bytes(index)?.min(total_bytes);
     Ok(CudaDevice { index, name, total_bytes, free_bytes, bandwidth_gb_s: bandwidth })
 }
 
@@ -118,42 +128,10 @@ fn attribute(device: sys::CUdevice, which: Attribute) -> Option<f64> {
     (code == CUresult::CUDA_SUCCESS && value > 0).then(|| f64::from(value))
 }
 
-/// The device's primary context, current on this thread until it is dropped.
-struct Current {
-    device: sys::CUdevice,
-}
-
-impl Current {
-    fn enter(index: usize, device: sys::CUdevice) -> Result<Self> {
-        let mut context = std::ptr::null_mut();
-        // SAFETY: `context` is a valid place for a handle; released in Drop.
-        let code = unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, device) };
-        check("cuDevicePrimaryCtxRetain", Some(index), code)?;
-        // SAFETY: the context was retained just now. Pushing keeps the caller's own context below it.
-        let code = unsafe { sys::cuCtxPushCurrent_v2(context) };
-        if let Err(error) = check("cuCtxPushCurrent_v2", Some(index), code) {
-            // SAFETY: gives back what was retained above.
-            unsafe { sys::cuDevicePrimaryCtxRelease_v2(device) };
-            return Err(error);
-        }
-        Ok(Self { device })
-    }
-}
-
-impl Drop for Current {
-    fn drop(&mut self) {
-        let mut popped = std::ptr::null_mut();
-        // SAFETY: undoes `enter` in the opposite order. Neither result could be acted upon here.
-        unsafe {
-            sys::cuCtxPopCurrent_v2(&raw mut popped);
-            sys::cuDevicePrimaryCtxRelease_v2(self.device);
-        }
-    }
-}
-
 /// Free bytes, the context that this call has to be made in counted as free.
-fn free_bytes(index: usize, device: sys::CUdevice) -> Result<u64> {
-    let _current = Current::enter(index, device)?;
+fn free_bytes(index: usize) -> Result<u64> {
+    let context = Context::open(u32::try_from(index).unwrap_or(u32::MAX))?;
+    let _current = context.enter()?;
     let (mut free, mut total) = (0, 0);
     // SAFETY: both are valid places for sizes, and a context is current.
     check("cuMemGetInfo_v2", Some(index), unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) })?;

@@ -1,0 +1,100 @@
+//! The kernels on one device.
+
+use std::ffi::{CStr, CString};
+use std::sync::Arc;
+
+use super::layout::SIZES;
+use crate::comm::DType;
+use crate::device::cuda::{Context, Function, Module, OwnStream};
+use crate::error::{Error, Result};
+
+/// The text that cuda/build.py makes.
+const TEXT: &str = concat!(include_str!("../../../cuda/tp_rs.ptx"), "\0");
+
+/// Element types that can be summed, by the names of their kernels.
+const SUMMED: [(DType, &str); 6] = [
+    (DType::F64, "f64"),
+    (DType::F32, "f32"),
+    (DType::F16, "f16"),
+    (DType::BF16, "bf16"),
+    (DType::F8E4M3, "f8e4m3"),
+    (DType::F8E5M2, "f8e5m2"),
+];
+
+/// What is summed how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sum {
+    Small,
+    Large,
+    Scatter,
+    Residual,
+}
+
+/// A device of the communicator with everything that is loaded on it.
+#[derive(Debug)]
+pub(super) struct Machine {
+    pub(super) module: Module,
+    sums: Vec<[Function; 4]>,
+    pub(super) take: Function,
+    pub(super) copy: Function,
+    pub(super) write_pattern: Function,
+    pub(super) check_pattern: Function,
+    pub(super) multiprocessors: u32,
+    pub(super) stream: OwnStream,
+    pub(super) context: Arc<Context>,
+}
+
+impl Machine {
+    /// Opens the device and loads all kernels: a kernel that is loaded later would wait for those that wait for it.
+    pub(super) fn open(index: u32) -> Result<Self> {
+        let context = Context::open(index)?;
+        let stream = OwnStream::new(&context)?;
+        let text = CStr::from_bytes_with_nul(TEXT.as_bytes())
+            .map_err(|_| Error::invalid("kernels", "a text with a NUL inside", "text"))?;
+        let module = Module::load(&context, text)?;
+        verify(&module, &context, &stream)?;
+        let function = |name: String| {
+            let name =
+                CString::new(name).map_err(|_| Error::invalid("kernel", "a name with a NUL", "a name"))?;
+            module.function(&name)
+        };
+        let mut sums = Vec::with_capacity(SUMMED.len());
+        for (_, name) in SUMMED {
+            sums.push([
+                function(format!("all_reduce_small_{name}"))?,
+                function(format!("all_reduce_large_{name}"))?,
+                function(format!("reduce_scatter_{name}"))?,
+                function(format!("add_residual_{name}"))?,
+            ]);
+        }
+        let take = module.function(c"take")?;
+        let copy = module.function(c"copy")?;
+        let write_pattern = module.function(c"write_pattern")?;
+        let check_pattern = module.function(c"check_pattern")?;
+        let multiprocessors = context.multiprocessors()?;
+        Ok(Self { module, sums, take, copy, write_pattern, check_pattern, multiprocessors, stream, context })
+    }
+
+    /// The kernel of a sum.
+    pub(super) fn sum(&self, sum: Sum, dtype: DType) -> Result<Function> {
+        let row = SUMMED.iter().position(|(summed, _)| *summed == dtype);
+        row.and_then(|row| self.sums.get(row))
+            .and_then(|row| row.get(sum as usize))
+            .copied()
+            .ok_or_else(|| Error::invalid("dtype", dtype, "a float type: integers are only moved"))
+    }
+}
+
+/// Fails if the kernels were made from other sources than this crate: they would read its structures wrongly.
+fn verify(module: &Module, context: &Context, stream: &OwnStream) -> Result<()> {
+    let (address, bytes) = module.variable(c"tp_rs_layout")?;
+    let mut sizes = [0_u32; SIZES.len()];
+    if bytes == size_of_val(&sizes) {
+        crate::device::cuda::read(context, stream, address, &mut sizes)?;
+    }
+    if sizes == SIZES {
+        return Ok(());
+    }
+    let wanted = format!("structures of {SIZES:?} bytes: make cuda/tp_rs.ptx again with cuda/build.py");
+    Err(Error::invalid("kernels", format!("structures of {sizes:?} bytes"), wanted))
+}

@@ -1,0 +1,284 @@
+//! From operations to kernels and their parameters.
+
+use std::ffi::c_void;
+
+use cudarc::driver::sys::CUstream;
+
+use super::Cuda;
+use super::kernels::Sum;
+use super::layout::{Call, GETS, GIVES, MOST_RANKS, Member, REACHABLE, THREADS};
+use super::setup::small_bytes;
+use crate::comm::DType;
+use crate::comm::operation::{Layout, Operation, Pair};
+use crate::comm::view::Tensor;
+use crate::device::cuda::pointer;
+use crate::error::{Error, Result};
+
+/// Up to so many bytes a sum is pushed to all ranks in one step; above, every rank sums a share of it. Two ranks of
+/// one H100: see docs/communicator.md for the measurements that these were chosen by.
+const PUSHED_BELOW: usize = 256 << 10;
+/// Bytes of a pushed sum that are worth a block: 8 a thread.
+const SMALL_BYTES_A_BLOCK: usize = 8 * THREADS as usize;
+/// Bytes of other operations that are worth a block.
+const BYTES_A_BLOCK: usize = 32 * THREADS as usize;
+
+/// Which kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kernel {
+    Sum(Sum, DType),
+    Take,
+}
+
+/// An operation, ready to be launched for some ranks.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    kernel: Kernel,
+    blocks: u32,
+    call: Call,
+    /// One for each rank; those that were not asked for are empty.
+    members: [Member; MOST_RANKS],
+}
+
+/// The part of a signature that tells the operation.
+pub(super) fn tag(signature: u32) -> u32 {
+    signature & 7
+}
+
+/// What all ranks have to agree on, as a number. Two different calls get the same one by chance once in 500 million.
+fn signature(operation: &Operation<'_>, dtype: DType, rows: u64, columns: u64, call: &Call) -> u32 {
+    let mut hash = 0x811c_9dc5_u32;
+    let mut mix = |value: u64| {
+        for byte in value.to_le_bytes() {
+            hash = (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193);
+        }
+    };
+    mix(dtype as u64);
+    mix(rows);
+    mix(columns);
+    if let Operation::Broadcast { root } | Operation::Gather { root, .. } = operation {
+        mix(*root as u64);
+    }
+    if operation.layout().is_some() {
+        for ((begin, end), skip) in call.begin.iter().zip(call.end).zip(call.skip) {
+            mix(u64::from(*begin) << 32 | u64::from(end));
+            mix(u64::from(skip));
+        }
+    }
+    (hash & !7) | operation.tag()
+}
+
+fn narrow(columns: usize, unit: usize) -> Result<u32> {
+    columns.checked_mul(unit).and_then(|size| u32::try_from(size).ok()).ok_or_else(|| {
+        Error::invalid("columns", format!("{columns} of {unit} bytes"), "rows below 4 GiB on CUDA devices")
+    })
+}
+
+impl Call {
+    /// Fills in which columns are whose, `unit` bytes or elements a column. With `first_has_it`, columns that several
+    /// ranks have are taken from the first.
+    fn lay_out(&mut self, layout: &Layout<'_>, unit: usize, first_has_it: bool) -> Result<()> {
+        let mut covered = 0;
+        for rank in 0..MOST_RANKS {
+            let Some((start, end)) = layout.columns(rank) else { continue };
+            let begin = if first_has_it { start.max(covered) } else { start };
+            covered = covered.max(end);
+            if let (Some(a), Some(b), Some(c)) =
+                (self.begin.get_mut(rank), self.end.get_mut(rank), self.skip.get_mut(rank))
+            {
+                (*a, *b) = (narrow(begin.min(end), unit)?, narrow(end, unit)?);
+                *c = narrow(begin.min(end) - start, unit)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Cuda {
+    /// Prepares an operation at which all ranks meet. `pairs` has one entry a rank.
+    pub(super) fn prepare(&self, operation: &Operation<'_>, pairs: &[Pair]) -> Result<Prepared> {
+        let present = || pairs.iter().flat_map(|pair| [pair.gives(), pair.gets()]).flatten();
+        let Some(first) = present().next() else { return Ok(self.nothing()) };
+        let (rows, size) = (first.rows, first.dtype.size());
+        let mut call = Call { rows: rows as u64, ..Call::default() };
+        // Sums count columns in elements; what only moves, in bytes.
+        let unit = if operation.sums() { 1 } else { size };
+        let columns = operation.layout().map_or(first.columns, Layout::total);
+        call.columns = u64::from(narrow(columns, size)?) / (if unit == 1 { size as u64 } else { 1 });
+        match operation {
+            Operation::Gather { layout, .. } | Operation::AllGather { layout } => {
+                call.lay_out(layout, unit, true)?;
+            }
+            Operation::ReduceScatter { layout } => call.lay_out(layout, unit, false)?,
+            Operation::Broadcast { root } => {
+                if let Some(end) = call.end.get_mut(*root) {
+                    *end = narrow(columns, unit)?;
+                }
+            }
+            Operation::Barrier | Operation::AllReduce | Operation::AddResidual { .. } => {}
+        }
+        call.signature = signature(operation, first.dtype, call.rows, call.columns, &call);
+        let bytes = rows.saturating_mul(columns).saturating_mul(size);
+        let small = bytes <= PUSHED_BELOW.min(small_bytes(self.ranks()));
+        let kernel = match operation {
+            Operation::AllReduce if small => Kernel::Sum(Sum::Small, first.dtype),
+            Operation::AllReduce => Kernel::Sum(Sum::Large, first.dtype),
+            Operation::ReduceScatter { .. } => Kernel::Sum(Sum::Scatter, first.dtype),
+            _ => Kernel::Take,
+        };
+        let worth = if kernel == Kernel::Sum(Sum::Small, first.dtype) {
+            bytes.div_ceil(SMALL_BYTES_A_BLOCK)
+        } else {
+            bytes.div_ceil(BYTES_A_BLOCK)
+        };
+        let blocks = u32::try_from(worth).unwrap_or(u32::MAX).clamp(1, self.blocks);
+        let mut members = [Member::default(); MOST_RANKS];
+        for ((rank, member), pair) in members.iter_mut().enumerate().zip(pairs) {
+            let careful = kernel != Kernel::Sum(Sum::Small, first.dtype);
+            *member = self.member(rank, pair, unit, careful)?;
+        }
+        Ok(Prepared { kernel, blocks, call, members })
+    }
+
+    /// The same for a rank that knows only its own part.
+    pub(super) fn prepare_one(
+        &self,
+        operation: &Operation<'_>,
+        rank: usize,
+        pair: &Pair,
+    ) -> Result<Prepared> {
+        let mut pairs = vec![Pair::default(); self.ranks()];
+        if let Some(place) = pairs.get_mut(rank) {
+            *place = *pair;
+        }
+        self.prepare(operation, &pairs)
+    }
+
+    /// Ranks without tensors only come.
+    fn nothing(&self) -> Prepared {
+        let mut members = [Member::default(); MOST_RANKS];
+        for (member, record) in members.iter_mut().zip(&self.rooms.records) {
+            member.rank = *record;
+        }
+        Prepared { kernel: Kernel::Take, blocks: 1, call: Call::default(), members }
+    }
+
+    fn member(&self, rank: usize, pair: &Pair, unit: usize, careful: bool) -> Result<Member> {
+        let mut member =
+            Member { rank: self.rooms.records.get(rank).copied().unwrap_or(0), ..Member::default() };
+        let stride = |tensor: &Tensor| -> u64 {
+            let elements = if tensor.rows == 1 { tensor.columns } else { tensor.row_stride };
+            // Tensors were checked: no product of their sizes overflows.
+            (elements * if unit == 1 { 1 } else { tensor.dtype.size() }) as u64
+        };
+        let mut plain = self.rooms.reachable.get(rank).copied().unwrap_or(false);
+        for tensor in [pair.gives(), pair.gets()].into_iter().flatten() {
+            // Ranks of a single device share its context, where every address is everybody's.
+            if careful && plain && self.machines.len() > 1 {
+                plain = pointer::plain(&self.machine(rank)?.context, tensor.data as u64)?;
+            }
+        }
+        if let Some(input) = pair.gives() {
+            (member.input, member.input_stride) = (input.data as u64, stride(input));
+            member.role |= GIVES;
+        }
+        if let Some(output) = pair.gets() {
+            (member.output, member.output_stride) = (output.data as u64, stride(output));
+            member.role |= GETS;
+        }
+        if plain {
+            member.role |= REACHABLE;
+        }
+        Ok(member)
+    }
+
+    /// Launches a prepared operation for ranks that share a stream.
+    pub(super) fn launch(&self, prepared: &Prepared, ranks: &[usize], stream: CUstream) -> Result<()> {
+        let Some(first) = ranks.first() else { return Ok(()) };
+        let machine = self.machine(*first)?;
+        let mut call = prepared.call;
+        call.timeout = u64::try_from(self.timeout.as_nanos()).unwrap_or(u64::MAX);
+        let mut present = false;
+        for (place, rank) in call.members.iter_mut().zip(ranks) {
+            if let Some(member) = prepared.members.get(*rank) {
+                *place = *member;
+                present |= member.role & (GIVES | GETS) != 0;
+            }
+        }
+        let function = match prepared.kernel {
+            // A rank that only comes needs no more than one block that meets the others.
+            _ if !present => machine.take,
+            Kernel::Sum(sum, dtype) => machine.sum(sum, dtype)?,
+            Kernel::Take => machine.take,
+        };
+        let blocks = if present { prepared.blocks } else { 1 };
+        let together = u32::try_from(ranks.len()).unwrap_or(1);
+        let mut parameters: [*mut c_void; 1] = [(&raw mut call).cast()];
+        // SAFETY: the kernel takes a `Call`; the caller of the operation answers for the tensors and the stream.
+        unsafe { machine.module.launch(function, (blocks, together), THREADS, stream, &mut parameters) }
+    }
+
+    /// Adds every rank's columns of its source to its target. Ranks do not meet.
+    pub(super) fn add_residual(
+        &self,
+        layout: &Layout<'_>,
+        pairs: &[Pair],
+        streams: &[CUstream],
+    ) -> Result<()> {
+        for ((rank, pair), stream) in pairs.iter().enumerate().zip(streams) {
+            let (Some(source), Some(target)) = (pair.gives(), pair.gets()) else { continue };
+            let Some((start, end)) = layout.columns(rank) else { continue };
+            let machine = self.machine(rank)?;
+            let mut call =
+                Call { rows: target.rows as u64, columns: layout.total() as u64, ..Call::default() };
+            call.begin[0] = narrow(start, 1)?;
+            call.end[0] = narrow(end, 1)?;
+            call.members[0] = self.member(rank, pair, 1, false)?;
+            let function = machine.sum(Sum::Residual, source.dtype)?;
+            let bytes = target.rows * target.columns * target.dtype.size();
+            // No waiting here: as many blocks as there is work for.
+            let blocks =
+                u32::try_from(bytes.div_ceil(8 * THREADS as usize)).unwrap_or(u32::MAX).clamp(1, 4096);
+            let mut parameters: [*mut c_void; 1] = [(&raw mut call).cast()];
+            // SAFETY: as in `launch`.
+            unsafe { machine.module.launch(function, (blocks, 1), THREADS, *stream, &mut parameters)? };
+        }
+        Ok(())
+    }
+
+    /// Launches an operation for all ranks, those that share a stream together.
+    pub(super) fn launch_all(&self, prepared: &Prepared, streams: &[CUstream]) -> Result<()> {
+        let mut locks: Vec<_> = self
+            .queues
+            .iter()
+            .map(|queue| queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+            .collect();
+        for ((rank, queue), stream) in locks.iter_mut().enumerate().zip(streams) {
+            self.order(rank, *stream, queue)?;
+        }
+        let mut launched = [false; MOST_RANKS];
+        for rank in 0..self.ranks() {
+            if launched.get(rank).copied().unwrap_or(true) {
+                continue;
+            }
+            let mut group = [0; MOST_RANKS];
+            let mut members = 0;
+            for other in rank..self.ranks() {
+                let here =
+                    self.seats.get(other) == self.seats.get(rank) && streams.get(other) == streams.get(rank);
+                if let (true, Some(place), Some(done)) =
+                    (here, group.get_mut(members), launched.get_mut(other))
+                {
+                    *place = other;
+                    *done = true;
+                    members += 1;
+                }
+            }
+            let stream = streams.get(rank).copied().unwrap_or(std::ptr::null_mut());
+            self.launch(prepared, group.get(..members).unwrap_or(&[]), stream)?;
+        }
+        for queue in &mut locks {
+            queue.calls += 1;
+        }
+        Ok(())
+    }
+}

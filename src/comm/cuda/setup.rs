@@ -1,0 +1,202 @@
+//! What a communicator owns on its devices: a record a rank, an inbox for each ordered pair of ranks, staging memory.
+
+use std::sync::Arc;
+
+use super::kernels::Machine;
+use super::layout::{INBOX_BYTES, MOST_RANKS, Rank, Status};
+use crate::comm::communicator::Peers;
+use crate::device::cuda::{Connections, DeviceMemory, PinnedMemory, Prover, connect, write};
+use crate::error::Result;
+
+/// Bytes of one slot of staging memory: 16 for each thread of a block.
+const CHUNK_BYTES: usize = 8192;
+/// Slots of a block. Two would do; with four a rank can run ahead of the others' latency.
+const SLOTS: usize = 4;
+/// Where the inboxes begin behind a rank's record.
+const RECORD_BYTES: usize = 512;
+
+/// The largest tensor that is pushed instead of pulled, by the number of ranks: every rank has room for two of each
+/// peer's, at twice their size.
+pub(super) fn small_bytes(ranks: usize) -> usize {
+    match ranks {
+        0..=2 => 1 << 20,
+        3..=4 => 512 << 10,
+        5..=8 => 256 << 10,
+        _ => 128 << 10,
+    }
+}
+
+/// The memory of a communicator. Host memory is freed after the devices' because kernels may still look at it.
+#[derive(Debug)]
+pub(super) struct Rooms {
+    _devices: Vec<DeviceMemory>,
+    host: PinnedMemory,
+    /// Address of every rank's record.
+    pub(super) records: Vec<u64>,
+    /// Whether all peers reach a rank's device, so that its tensors can be used where they are.
+    pub(super) reachable: Vec<bool>,
+    status_at: usize,
+    stop_at: usize,
+}
+
+/// Gives out places in a block of memory that is not there yet.
+struct Places {
+    bytes: usize,
+}
+
+impl Places {
+    fn take(&mut self, bytes: usize) -> usize {
+        let at = self.bytes;
+        self.bytes = (at + bytes).next_multiple_of(256);
+        at
+    }
+}
+
+/// Which machine every rank is on.
+pub(super) struct Seats<'a> {
+    pub(super) machines: &'a [Machine],
+    pub(super) of: &'a [usize],
+}
+
+impl Rooms {
+    /// Proves which devices reach each other and lays everything out. `blocks` is the most that a rank uses.
+    pub(super) fn new(seats: &Seats<'_>, peers: Peers, blocks: usize) -> Result<Self> {
+        let ranks = seats.of.len();
+        let provers: Vec<_> = seats
+            .machines
+            .iter()
+            .map(|machine| Prover {
+                context: &machine.context,
+                stream: &machine.stream,
+                module: &machine.module,
+                write: machine.write_pattern,
+                check: machine.check_pattern,
+            })
+            .collect();
+        let connections = match peers {
+            Peers::Proved => Some(connect(&provers, false)?),
+            Peers::Lying => Some(connect(&provers, true)?),
+            Peers::Staged => None,
+        };
+        let plan = Plan { seats, connections, ranks, small: small_bytes(ranks), blocks };
+        plan.build()
+    }
+
+    /// What a rank's kernels said last.
+    pub(super) fn status(&self, rank: usize) -> Status {
+        let words = size_of::<Status>() / size_of::<u32>();
+        let word = |index: usize| self.host.word(self.status_at / size_of::<u32>() + rank * words + index);
+        // A kernel writes the state last.
+        let state = word(0);
+        if state == 0 {
+            return Status::default();
+        }
+        Status { state, sequence: word(1), missing: word(2), signature: word(3) }
+    }
+
+    /// Ends all waits of kernels.
+    pub(super) fn stop(&self) {
+        self.host.set_word(self.stop_at / size_of::<u32>(), 1);
+    }
+}
+
+struct Plan<'a> {
+    seats: &'a Seats<'a>,
+    connections: Option<Connections>,
+    ranks: usize,
+    small: usize,
+    blocks: usize,
+}
+
+impl Plan<'_> {
+    fn reaches(&self, from: usize, to: usize) -> bool {
+        let (Some(&from), Some(&to)) = (self.seats.of.get(from), self.seats.of.get(to)) else { return false };
+        self.connections.as_ref().is_some_and(|connections| connections.reaches(from, to))
+    }
+
+    fn machine(&self, rank: usize) -> Option<&Machine> {
+        self.seats.of.get(rank).and_then(|seat| self.seats.machines.get(*seat))
+    }
+
+    fn build(&self) -> Result<Rooms> {
+        let ranks = self.ranks;
+        let inbox = INBOX_BYTES + 4 * self.small;
+        let stage = self.blocks * SLOTS * CHUNK_BYTES;
+        let reachable: Vec<bool> =
+            (0..ranks).map(|rank| (0..ranks).all(|peer| self.reaches(peer, rank))).collect();
+
+        let mut host = Places { bytes: 0 };
+        let mut own: Vec<Places> = (0..ranks).map(|_| Places { bytes: RECORD_BYTES }).collect();
+        let status_at = host.take(ranks * size_of::<Status>());
+        let stop_at = host.take(4);
+        // Where things are: in host memory, or with the rank that reads them.
+        let mut inboxes = vec![(false, 0_usize); ranks * ranks];
+        let mut stages = vec![(false, 0_usize); ranks];
+        for reader in 0..ranks {
+            let Some(places) = own.get_mut(reader) else { continue };
+            for writer in (0..ranks).filter(|writer| *writer != reader) {
+                let with_reader = self.reaches(writer, reader);
+                let at = if with_reader { places.take(inbox) } else { host.take(inbox) };
+                if let Some(place) = inboxes.get_mut(writer * ranks + reader) {
+                    *place = (with_reader, at);
+                }
+            }
+            let here = reachable.get(reader).copied().unwrap_or(false);
+            let at = if here { places.take(stage) } else { host.take(stage) };
+            if let Some(place) = stages.get_mut(reader) {
+                *place = (here, at);
+            }
+        }
+
+        let first = self.seats.machines.first().map(|machine| Arc::clone(&machine.context));
+        let Some(first) = first else {
+            return Err(crate::error::Error::invalid("devices", "none", "one a rank"));
+        };
+        let host = PinnedMemory::zeroed(&first, host.bytes)?;
+        let mut devices = Vec::with_capacity(ranks);
+        for (rank, places) in own.iter().enumerate() {
+            if let Some(machine) = self.machine(rank) {
+                devices.push(DeviceMemory::zeroed(&machine.context, places.bytes, &machine.stream)?);
+            }
+        }
+        let base: Vec<u64> = devices.iter().map(DeviceMemory::address).collect();
+        for rank in 0..ranks {
+            let Some(machine) = self.machine(rank) else { continue };
+            let host_base = host.address(&machine.context)?;
+            let place = |(with_owner, at): (bool, usize), owner: usize| -> u64 {
+                let start = if with_owner { base.get(owner).copied().unwrap_or(0) } else { host_base };
+                start + at as u64
+            };
+            let mut record = Rank {
+                index: u32::try_from(rank).unwrap_or(0),
+                ranks: u32::try_from(ranks).unwrap_or(0),
+                chunk_bytes: u32::try_from(CHUNK_BYTES).unwrap_or(0),
+                slots: u32::try_from(SLOTS).unwrap_or(0),
+                small_bytes: self.small as u64,
+                out: [0; MOST_RANKS],
+                inboxes: [0; MOST_RANKS],
+                stage: [0; MOST_RANKS],
+                status: host_base + (status_at + rank * size_of::<Status>()) as u64,
+                stop: host_base + stop_at as u64,
+                unused: 0,
+                state: [0; 4],
+            };
+            for peer in 0..ranks {
+                let out = inboxes.get(rank * ranks + peer).copied().unwrap_or_default();
+                let back = inboxes.get(peer * ranks + rank).copied().unwrap_or_default();
+                let stage = stages.get(peer).copied().unwrap_or_default();
+                if let (Some(a), Some(b), Some(c)) =
+                    (record.out.get_mut(peer), record.inboxes.get_mut(peer), record.stage.get_mut(peer))
+                {
+                    *a = if peer == rank { 0 } else { place(out, peer) };
+                    *b = if peer == rank { 0 } else { place(back, rank) };
+                    *c = place(stage, peer);
+                }
+            }
+            let at = base.get(rank).copied().unwrap_or(0);
+            // SAFETY: the rank's memory begins with room for its record.
+            unsafe { write(&machine.context, &machine.stream, at, &record)? };
+        }
+        Ok(Rooms { _devices: devices, host, records: base, reachable, status_at, stop_at })
+    }
+}
