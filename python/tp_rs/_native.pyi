@@ -295,12 +295,21 @@ class Communicator:
     """
 
     def __new__(
-        cls, devices: Iterable[object], timeout: float = 30.0, *, threads: int | None = None
+        cls,
+        devices: Iterable[object],
+        timeout: float = 30.0,
+        *,
+        threads: int | None = None,
+        streams: Iterable[object] | None = None,
+        peers: Literal["proved", "staged"] = "proved",
     ) -> Communicator: ...
     @property
     def devices(self) -> list[str]: ...
     @property
     def timeout(self) -> float: ...
+    @property
+    def streams(self) -> list[int]: ...
+    def wait(self) -> None: ...
     def rank(self, rank: int) -> RankView: ...
     def abort(self, reason: str = "abort() was called") -> None: ...
     def check(self) -> None: ...
@@ -313,6 +322,7 @@ class Communicator:
         target: Any,
         *,
         dim: int | None = None,
+        non_blocking: bool = False,
     ) -> None: ...
     def all_gather(
         self,

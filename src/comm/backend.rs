@@ -26,6 +26,9 @@ pub(crate) trait Backend: Send + Sync {
     /// Fails if the communicator was stopped.
     fn check(&self, operation: &'static str) -> Result<()>;
 
+    /// A queue for each rank that nobody else uses; the default one on host memory.
+    fn streams(&self) -> Vec<Stream>;
+
     /// Waits until the work of all ranks on `streams` is done, one a rank. Work on host memory is done when its call
     /// returns.
     fn wait(&self, streams: &[Stream]) -> Result<()>;

@@ -99,7 +99,7 @@ pub(crate) fn alone(operation: &Operation<'_>, rank: usize, pair: &Pair, devices
     let rows = pair.gives().or(pair.gets()).map_or(0, |tensor| tensor.rows);
     let why = "as the split says, for as many rows as the rank's other tensor";
     match operation {
-        Operation::Gather { root, layout } => {
+        Operation::Gather { root, layout, .. } => {
             if layout.width(rank) > 0 {
                 call.shape(rank, "input", (rows, layout.width(rank)), why)?;
             } else {
@@ -263,7 +263,7 @@ impl Call<'_> {
             Operation::Barrier => Ok(()),
             Operation::AllReduce => self.all_alike(),
             Operation::Broadcast { root } => self.broadcast(*root),
-            Operation::Gather { root, layout } => {
+            Operation::Gather { root, layout, .. } => {
                 let rows = self.parts(layout)?;
                 let why = format!("the columns of all ranks ({layout}) for as many rows as their parts have");
                 self.shape(*root, "output", (rows, layout.total()), &why)

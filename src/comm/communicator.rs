@@ -128,6 +128,13 @@ impl Communicator {
         &self.devices
     }
 
+    /// A stream for each rank that belongs to the communicator, for callers who have none. On host memory it is the
+    /// default one.
+    #[must_use]
+    pub fn streams(&self) -> Vec<Stream> {
+        self.backend.streams()
+    }
+
     /// Stops the communicator from any thread. Ranks that wait get [`Error::Aborted`] with `reason` at once, and
     /// so does every later call. Work that has begun is finished.
     pub fn abort(&self, reason: &str) {
@@ -209,7 +216,41 @@ impl Communicator {
         target: &Tensor,
         streams: &[Stream],
     ) -> Result<()> {
-        let operation = Operation::Gather { root: self.devices.len(), layout: Layout::new(split, dim) };
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.gather_to(parts, split, dim, target, streams, true) }
+    }
+
+    /// As [`Communicator::gather`], but a target in host memory is complete only once the ranks' streams are, as after
+    /// [`Communicator::wait`].
+    ///
+    /// # Errors
+    /// As for [`Communicator::gather`].
+    ///
+    /// # Safety
+    /// As for [`Communicator::gather`].
+    pub unsafe fn gather_later(
+        &self,
+        parts: &[Tensor],
+        split: &Split,
+        dim: u64,
+        target: &Tensor,
+        streams: &[Stream],
+    ) -> Result<()> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.gather_to(parts, split, dim, target, streams, false) }
+    }
+
+    unsafe fn gather_to(
+        &self,
+        parts: &[Tensor],
+        split: &Split,
+        dim: u64,
+        target: &Tensor,
+        streams: &[Stream],
+        blocking: bool,
+    ) -> Result<()> {
+        let layout = Layout::new(split, dim);
+        let operation = Operation::Gather { root: self.devices.len(), layout, blocking };
         let mut pairs = self.pairs(1);
         self.by_split("parts", split, &mut pairs, parts, |pair, part| pair.input = Some(part))?;
         if let Some(caller) = pairs.last_mut() {

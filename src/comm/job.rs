@@ -103,7 +103,7 @@ pub(crate) fn jobs(operation: &Operation<'_>, pairs: &[Pair]) -> Vec<Job> {
             let Some(source) = pairs.get(*root).and_then(Pair::gives) else { return Vec::new() };
             Job::new(&[(source, 0)], &outputs(), source.columns).into_iter().collect()
         }
-        Operation::Gather { root, layout } => {
+        Operation::Gather { root, layout, .. } => {
             let target = pairs.get(*root).and_then(Pair::gets);
             side_by_side(layout, pairs, &target.into_iter().collect::<Vec<_>>())
         }

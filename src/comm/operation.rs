@@ -15,7 +15,8 @@ pub(crate) enum Operation<'a> {
     /// Every output becomes the input of `root`.
     Broadcast { root: usize },
     /// The output of `root` becomes the inputs side by side.
-    Gather { root: usize, layout: Layout<'a> },
+    /// The caller of a list call may not want to wait for it.
+    Gather { root: usize, layout: Layout<'a>, blocking: bool },
     /// Every output becomes the inputs side by side.
     AllGather { layout: Layout<'a> },
     /// Every output becomes its rank's columns of the sum of the inputs.
@@ -82,7 +83,9 @@ impl Operation<'_> {
             Self::Barrier => Operation::Barrier,
             Self::AllReduce => Operation::AllReduce,
             Self::Broadcast { root } => Operation::Broadcast { root },
-            Self::Gather { root, layout } => Operation::Gather { root, layout: layout.into_owned() },
+            Self::Gather { root, layout, blocking } => {
+                Operation::Gather { root, layout: layout.into_owned(), blocking }
+            }
             Self::AllGather { layout } => Operation::AllGather { layout: layout.into_owned() },
             Self::ReduceScatter { layout } => Operation::ReduceScatter { layout: layout.into_owned() },
             Self::AddResidual { layout } => Operation::AddResidual { layout: layout.into_owned() },

@@ -97,7 +97,7 @@ impl Communicator {
         target: Option<&Tensor>,
         stream: Stream,
     ) -> Result<()> {
-        let operation = Operation::Gather { root, layout: Layout::new(split, dim) };
+        let operation = Operation::Gather { root, layout: Layout::new(split, dim), blocking: true };
         let pair = Pair { input: Some(*part), output: target.copied() };
         // SAFETY: the caller's promise is passed on.
         unsafe { self.backend.rank(rank, operation, pair, stream) }

@@ -8,8 +8,9 @@ use pyo3::prelude::*;
 
 use super::arguments::whole;
 use super::errors::{guarded, invalid, to_python};
+use super::streams::Streams;
 use super::tensors;
-use crate::comm::{self, CommOptions, Device, Stream, Tensor};
+use crate::comm::{self, CommOptions, Device, Peers, Stream, Tensor};
 use crate::error::{Error, Result};
 use crate::split::{Share, Split};
 
@@ -68,18 +69,27 @@ fn tensor_or_none(value: Option<&Bound<'_, PyAny>>, argument: &str) -> PyResult<
 #[pyclass(module = "tp_rs", frozen)]
 pub(super) struct Communicator {
     inner: Arc<comm::Communicator>,
+    streams: Arc<Streams>,
     timeout: f64,
+}
+
+impl Communicator {
+    fn streams_now(&self, py: Python<'_>) -> PyResult<Vec<Stream>> {
+        self.streams.of_all(py, self.inner.devices())
+    }
 }
 
 #[pymethods]
 impl Communicator {
     #[new]
-    #[pyo3(signature = (devices, timeout=30.0, *, threads=None))]
+    #[pyo3(signature = (devices, timeout=30.0, *, threads=None, streams=None, peers="proved"))]
     fn new(
         py: Python<'_>,
         devices: &Bound<'_, PyAny>,
         timeout: f64,
         threads: Option<&Bound<'_, PyAny>>,
+        streams: Option<&Bound<'_, PyAny>>,
+        peers: &str,
     ) -> PyResult<Self> {
         let wanted = "a list with one device a rank, such as [\"cpu\", \"cpu\"]";
         let not_a_list = || invalid(py, "devices", devices.get_type(), wanted);
@@ -97,9 +107,18 @@ impl Communicator {
         })?;
         let threads = threads.map(|threads| whole(threads, "threads")).transpose()?;
         let threads = threads.map(|threads| usize::try_from(threads).unwrap_or(usize::MAX));
-        let options = CommOptions { timeout: duration, threads, poll: Some(Arc::new(poll)) };
+        let peers = match peers {
+            "proved" => Peers::Proved,
+            "staged" => Peers::Staged,
+            "lying" => Peers::Lying,
+            other => {
+                return Err(invalid(py, "peers", format!("{other:?}"), "\"proved\" or \"staged\""));
+            }
+        };
+        let streams = Arc::new(Streams::read(streams, parsed.len())?);
+        let options = CommOptions { timeout: duration, threads, poll: Some(Arc::new(poll)), peers };
         let inner = guarded(py, || comm::Communicator::new(&parsed, &options))?;
-        Ok(Self { inner: Arc::new(inner), timeout })
+        Ok(Self { inner: Arc::new(inner), streams, timeout })
     }
 
     /// The device of every rank.
@@ -114,11 +133,25 @@ impl Communicator {
         self.timeout
     }
 
+    /// Handles of a stream for each rank that belongs to the communicator; 0 on host memory.
+    #[getter]
+    fn streams(&self) -> Vec<usize> {
+        self.inner.streams().into_iter().map(|stream| stream.0).collect()
+    }
+
+    /// Waits until the work of all ranks is done, on the streams that calls go to now.
+    fn wait(&self, py: Python<'_>) -> PyResult<()> {
+        let streams = self.streams_now(py)?;
+        released(py, || self.inner.wait(&streams))
+    }
+
     /// The communicator as rank `rank` sees it, for a thread of its own.
     fn rank(&self, py: Python<'_>, rank: isize) -> PyResult<RankView> {
         let ranks = self.inner.devices().len();
         match usize::try_from(rank) {
-            Ok(rank) if rank < ranks => Ok(RankView { inner: Arc::clone(&self.inner), rank }),
+            Ok(rank) if rank < ranks => {
+                Ok(RankView { inner: Arc::clone(&self.inner), streams: Arc::clone(&self.streams), rank })
+            }
             _ => Err(invalid(py, "rank", rank, format!("0 to {}", ranks - 1))),
         }
     }
@@ -138,8 +171,9 @@ impl Communicator {
     fn all_reduce(&self, py: Python<'_>, tensors: &Bound<'_, PyAny>) -> PyResult<()> {
         let tensors = tensors::list(tensors, "tensors")?;
         let views = &tensors.views;
+        let streams = self.streams_now(py)?;
         // SAFETY: the tensors are held until the call returns, and it returns when the work is done.
-        released(py, || unsafe { self.inner.all_reduce(views, &[]) })
+        released(py, || unsafe { self.inner.all_reduce(views, &streams) })
     }
 
     /// Every target becomes a copy of `source`.
@@ -151,12 +185,14 @@ impl Communicator {
     ) -> PyResult<()> {
         let targets = tensors::list(targets, "targets")?;
         let (source, views) = (tensor(source, "source")?, &targets.views);
+        let streams = self.streams_now(py)?;
         // SAFETY: as for `all_reduce`; the caller's frame holds `source`.
-        released(py, || unsafe { self.inner.broadcast(&source, views, &[]) })
+        released(py, || unsafe { self.inner.broadcast(&source, views, &streams) })
     }
 
     /// Writes the parts side by side to `target`.
-    #[pyo3(signature = (parts, split, target, *, dim=None))]
+    #[pyo3(signature = (parts, split, target, *, dim=None, non_blocking=false))]
+    #[allow(clippy::too_many_arguments)] // A gather has that many.
     fn gather(
         &self,
         py: Python<'_>,
@@ -164,12 +200,21 @@ impl Communicator {
         split: &Bound<'_, PyAny>,
         target: &Bound<'_, PyAny>,
         dim: Option<&Bound<'_, PyAny>>,
+        non_blocking: bool,
     ) -> PyResult<()> {
         let parts = tensors::list(parts, "parts")?;
         let (split, dim) = (self::split(split, "split")?, factor(dim)?);
         let (target, views) = (tensor(target, "target")?, &parts.views);
+        if non_blocking {
+            let streams = self.streams_now(py)?;
+            // SAFETY: as for `broadcast`, but the caller has said that it keeps the tensors until the streams are done.
+            return released(py, || unsafe {
+                self.inner.gather_later(views, &split, dim, &target, &streams)
+            });
+        }
+        let streams = self.streams_now(py)?;
         // SAFETY: as for `broadcast`.
-        released(py, || unsafe { self.inner.gather(views, &split, dim, &target, &[]) })
+        released(py, || unsafe { self.inner.gather(views, &split, dim, &target, &streams) })
     }
 
     /// Writes the parts side by side to every target.
@@ -191,8 +236,11 @@ impl Communicator {
             |target_split| self::split(target_split, "target_split"),
         )?;
         let (inputs, outputs) = (&parts.views, &targets.views);
+        let streams = self.streams_now(py)?;
         // SAFETY: as for `all_reduce`.
-        released(py, || unsafe { self.inner.all_gather(inputs, &split, outputs, &target_split, dim, &[]) })
+        released(py, || unsafe {
+            self.inner.all_gather(inputs, &split, outputs, &target_split, dim, &streams)
+        })
     }
 
     /// Every output becomes its interval's columns of the sum of all inputs.
@@ -208,8 +256,9 @@ impl Communicator {
         let (inputs, outputs) = (tensors::list(inputs, "inputs")?, tensors::list(outputs, "outputs")?);
         let (split, dim) = (self::split(split, "split")?, factor(dim)?);
         let (inputs, outputs) = (&inputs.views, &outputs.views);
+        let streams = self.streams_now(py)?;
         // SAFETY: as for `all_reduce`.
-        released(py, || unsafe { self.inner.reduce_scatter(inputs, outputs, &split, dim, &[]) })
+        released(py, || unsafe { self.inner.reduce_scatter(inputs, outputs, &split, dim, &streams) })
     }
 
     /// Adds to every target its interval's columns of the source of the same rank.
@@ -225,8 +274,9 @@ impl Communicator {
         let (targets, sources) = (tensors::list(targets, "targets")?, tensors::list(sources, "sources")?);
         let (split, dim) = (self::split(split, "split")?, factor(dim)?);
         let (targets, sources) = (&targets.views, &sources.views);
+        let streams = self.streams_now(py)?;
         // SAFETY: as for `all_reduce`.
-        released(py, || unsafe { self.inner.add_residual(targets, sources, &split, dim, &[]) })
+        released(py, || unsafe { self.inner.add_residual(targets, sources, &split, dim, &streams) })
     }
 
     fn __repr__(&self) -> String {
@@ -238,7 +288,15 @@ impl Communicator {
 #[pyclass(module = "tp_rs", frozen)]
 pub(super) struct RankView {
     inner: Arc<comm::Communicator>,
+    streams: Arc<Streams>,
     rank: usize,
+}
+
+impl RankView {
+    fn stream(&self, py: Python<'_>) -> PyResult<Stream> {
+        let device = self.inner.devices().get(self.rank).copied().unwrap_or(Device::Cpu);
+        self.streams.of(py, self.rank, device)
+    }
 }
 
 #[pymethods]
@@ -257,30 +315,34 @@ impl RankView {
 
     /// Waits until every rank has come.
     fn barrier(&self, py: Python<'_>) -> PyResult<()> {
-        released(py, || self.inner.rank_barrier(self.rank, Stream::default()))
+        let stream = self.stream(py)?;
+        released(py, || self.inner.rank_barrier(self.rank, stream))
     }
 
     /// `tensor` becomes the sum of all ranks' tensors, in place. `None` for a rank without a part.
     #[pyo3(signature = (tensor))]
     fn all_reduce(&self, py: Python<'_>, tensor: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let tensor = tensor_or_none(tensor, "tensor")?;
+        let stream = self.stream(py)?;
         // SAFETY: the caller's frame holds the tensor, and the call returns when the work is done.
-        released(py, || unsafe { self.inner.rank_all_reduce(self.rank, &tensor, Stream::default()) })
+        released(py, || unsafe { self.inner.rank_all_reduce(self.rank, &tensor, stream) })
     }
 
     /// `tensor` becomes the sum of the other ranks' tensors; this rank adds nothing.
     fn receive_sum(&self, py: Python<'_>, tensor: &Bound<'_, PyAny>) -> PyResult<()> {
         let tensor = self::tensor(tensor, "tensor")?;
+        let stream = self.stream(py)?;
         // SAFETY: as for `all_reduce`.
-        released(py, || unsafe { self.inner.rank_receive_sum(self.rank, &tensor, Stream::default()) })
+        released(py, || unsafe { self.inner.rank_receive_sum(self.rank, &tensor, stream) })
     }
 
     /// `tensor` becomes a copy of the one that rank `root` passes.
     #[pyo3(signature = (tensor, root=0))]
     fn broadcast(&self, py: Python<'_>, tensor: &Bound<'_, PyAny>, root: usize) -> PyResult<()> {
         let tensor = self::tensor(tensor, "tensor")?;
+        let stream = self.stream(py)?;
         // SAFETY: as for `all_reduce`.
-        released(py, || unsafe { self.inner.rank_broadcast(self.rank, root, &tensor, Stream::default()) })
+        released(py, || unsafe { self.inner.rank_broadcast(self.rank, root, &tensor, stream) })
     }
 
     /// Writes all ranks' parts side by side to the target that rank `root` passes.
@@ -297,7 +359,7 @@ impl RankView {
         let part = tensor_or_none(part, "part")?;
         let (split, dim) = (self::split(split, "split")?, factor(dim)?);
         let target = target.map(|target| tensor(target, "target")).transpose()?;
-        let stream = Stream::default();
+        let stream = self.stream(py)?;
         released(py, || {
             // SAFETY: as for `all_reduce`.
             unsafe { self.inner.rank_gather(self.rank, root, &part, &split, dim, target.as_ref(), stream) }
@@ -316,7 +378,7 @@ impl RankView {
     ) -> PyResult<()> {
         let (part, target) = (tensor_or_none(part, "part")?, tensor_or_none(target, "target")?);
         let (split, dim) = (self::split(split, "split")?, factor(dim)?);
-        let stream = Stream::default();
+        let stream = self.stream(py)?;
         // SAFETY: as for `all_reduce`.
         released(py, || unsafe { self.inner.rank_all_gather(self.rank, &part, &split, dim, &target, stream) })
     }
@@ -333,7 +395,7 @@ impl RankView {
     ) -> PyResult<()> {
         let (source, target) = (tensor_or_none(source, "source")?, tensor_or_none(target, "target")?);
         let (split, dim) = (self::split(split, "split")?, factor(dim)?);
-        let stream = Stream::default();
+        let stream = self.stream(py)?;
         released(py, || {
             // SAFETY: as for `all_reduce`.
             unsafe { self.inner.rank_reduce_scatter(self.rank, &source, &target, &split, dim, stream) }
@@ -352,7 +414,7 @@ impl RankView {
     ) -> PyResult<()> {
         let (target, source) = (tensor(target, "target")?, tensor(source, "source")?);
         let (split, dim) = (self::split(split, "split")?, factor(dim)?);
-        let stream = Stream::default();
+        let stream = self.stream(py)?;
         released(py, || {
             // SAFETY: as for `all_reduce`.
             unsafe { self.inner.rank_add_residual(self.rank, &target, &source, &split, dim, stream) }

@@ -12,6 +12,8 @@ use pyo3::types::{PyCapsule, PyType};
 
 /// The header's version that the layouts below are of. Minor versions only add behind them.
 const MAJOR: u32 = 1;
+/// `kDLCUDA`.
+pub(super) const CUDA: i32 = 2;
 const CAPSULE: &std::ffi::CStr = c"dlpack_exchange_api";
 /// Types that are remembered. Programs have a handful; one that makes types on the fly must not fill memory.
 const REMEMBERED: usize = 32;
@@ -45,6 +47,15 @@ pub(super) struct DlTensor {
 
 type FromObject = unsafe extern "C" fn(*mut c_void, *mut DlTensor) -> c_int;
 
+type CurrentWorkStream = unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> c_int;
+
+/// What a type offers.
+#[derive(Clone, Copy)]
+struct Functions {
+    view: FromObject,
+    stream: Option<CurrentWorkStream>,
+}
+
 #[repr(C)]
 struct ExchangeApi {
     major: u32,
@@ -54,13 +65,13 @@ struct ExchangeApi {
     managed_tensor_from_object: *const c_void,
     managed_tensor_to_object: *const c_void,
     tensor_from_object: Option<FromObject>,
-    current_work_stream: *const c_void,
+    current_work_stream: Option<CurrentWorkStream>,
 }
 
 /// A type that was asked, and its function if it has one. The type is held, so its address stays its own.
 struct Remembered {
     class: Py<PyType>,
-    function: Option<FromObject>,
+    functions: Option<Functions>,
 }
 
 static REMEMBER: Mutex<Vec<Remembered>> = Mutex::new(Vec::new());
@@ -73,7 +84,7 @@ static REMEMBER: Mutex<Vec<Remembered>> = Mutex::new(Vec::new());
 /// # Errors
 /// The exception with which the type refuses: it is not an ordinary strided tensor.
 pub(super) fn view(tensor: &Bound<'_, PyAny>) -> PyResult<Option<DlTensor>> {
-    let Some(function) = function_of(&tensor.get_type()) else { return Ok(None) };
+    let Some(Functions { view: function, .. }) = functions_of(&tensor.get_type()) else { return Ok(None) };
     let mut view = std::mem::MaybeUninit::<DlTensor>::zeroed();
     // SAFETY: the function is the one that the tensor's own type gives for its instances; the object is alive and
     // this thread is attached to the interpreter.
@@ -85,25 +96,47 @@ pub(super) fn view(tensor: &Bound<'_, PyAny>) -> PyResult<Option<DlTensor>> {
     Ok(Some(unsafe { view.assume_init() }))
 }
 
-fn function_of(class: &Bound<'_, PyType>) -> Option<FromObject> {
+/// The stream on which this thread's work for a CUDA device goes, by the types of tensors seen so far; `None` where
+/// none of them says it.
+///
+/// # Errors
+/// The exception with which the tensor library refuses, as where it has no such device.
+pub(super) fn current_stream(py: Python<'_>, device: u32) -> PyResult<Option<usize>> {
+    let functions = {
+        let remember = REMEMBER.lock().unwrap_or_else(PoisonError::into_inner);
+        remember.iter().find_map(|it| it.functions.and_then(|functions| functions.stream))
+    };
+    let Some(function) = functions else { return Ok(None) };
+    let mut stream = std::ptr::null_mut();
+    let device = i32::try_from(device).unwrap_or(i32::MAX);
+    // SAFETY: the function is one that a tensor type gives for this; `stream` is a valid place for a handle, and this
+    // thread is attached to the interpreter.
+    let status = unsafe { function(CUDA, device, &raw mut stream) };
+    if status != 0 {
+        return Err(PyErr::fetch(py));
+    }
+    Ok(Some(stream.expose_provenance()))
+}
+
+fn functions_of(class: &Bound<'_, PyType>) -> Option<Functions> {
     let address = class.as_ptr();
     let known = || {
         let remember = REMEMBER.lock().unwrap_or_else(PoisonError::into_inner);
-        remember.iter().find(|it| it.class.as_ptr() == address).map(|it| it.function)
+        remember.iter().find(|it| it.class.as_ptr() == address).map(|it| it.functions)
     };
-    if let Some(function) = known() {
-        return function;
+    if let Some(functions) = known() {
+        return functions;
     }
     // Without the lock: this runs Python code, in which other threads may come here.
-    let function = ask(class);
+    let functions = ask(class);
     let mut remember = REMEMBER.lock().unwrap_or_else(PoisonError::into_inner);
     if remember.len() < REMEMBERED && remember.iter().all(|it| it.class.as_ptr() != address) {
-        remember.push(Remembered { class: class.clone().unbind(), function });
+        remember.push(Remembered { class: class.clone().unbind(), functions });
     }
-    function
+    functions
 }
 
-fn ask(class: &Bound<'_, PyType>) -> Option<FromObject> {
+fn ask(class: &Bound<'_, PyType>) -> Option<Functions> {
     let attribute = class.getattr("__dlpack_c_exchange_api__").ok()?;
     let capsule = attribute.cast::<PyCapsule>().ok()?;
     let api: NonNull<ExchangeApi> = capsule.pointer_checked(Some(CAPSULE)).ok()?.cast();
@@ -119,5 +152,6 @@ fn ask(class: &Bound<'_, PyType>) -> Option<FromObject> {
         older = next;
     }
     // SAFETY: of major version 1, so it has the layout above.
-    found.and_then(|api| unsafe { (*api).tensor_from_object })
+    let (view, stream) = unsafe { found.map(|api| ((*api).tensor_from_object, (*api).current_work_stream)) }?;
+    Some(Functions { view: view?, stream })
 }

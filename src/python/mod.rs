@@ -10,6 +10,7 @@ mod errors;
 mod plan;
 mod plan_parts;
 mod shape;
+mod streams;
 mod tensors;
 
 use pyo3::prelude::*;

@@ -4,12 +4,11 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString, PyTuple};
 
-use super::dlpack::{self, DlTensor};
+use super::dlpack::{self, CUDA, DlTensor};
 use super::errors::invalid;
 use crate::comm::{DType, Device, Tensor};
 
 const CPU: i32 = 1;
-const CUDA: i32 = 2;
 const CUDA_HOST: i32 = 3;
 
 /// Tensors of a call and the views of them. The tensors are held: another thread may drop the last reference

@@ -63,8 +63,11 @@ impl Cuda {
                 Some(source) => self.broadcast_from_guest(source, own, streams),
                 None => Ok(()),
             },
-            Operation::Gather { root, layout } if *root == caller => match guest.gets() {
-                Some(target) if target.device == Device::Cpu => self.fetch(layout, own, target, streams),
+            Operation::Gather { root, layout, blocking } if *root == caller => match guest.gets() {
+                Some(target) if target.device == Device::Cpu => {
+                    let waits = self.fetch(layout, own, target, streams)?;
+                    if *blocking { self.finish(&waits) } else { Ok(()) }
+                }
                 Some(target) => self.gather_to_guest(layout, own, target, streams),
                 None => Ok(()),
             },
@@ -101,7 +104,7 @@ impl Cuda {
         if let Some(pair) = pairs.get_mut(root) {
             pair.output = Some(*target);
         }
-        let operation = Operation::Gather { root, layout: layout.clone() };
+        let operation = Operation::Gather { root, layout: layout.clone(), blocking: false };
         self.launch_all(&self.prepare(&operation, &pairs)?, streams)
     }
 
@@ -119,8 +122,14 @@ impl Cuda {
         self.finish(&waits)
     }
 
-    /// Copies every rank's columns to a tensor in host memory. Complete on return.
-    fn fetch(&self, layout: &Layout<'_>, own: &[Pair], target: &Tensor, streams: &[CUstream]) -> Result<()> {
+    /// Copies every rank's columns to a tensor in host memory, and says on which streams.
+    fn fetch(
+        &self,
+        layout: &Layout<'_>,
+        own: &[Pair],
+        target: &Tensor,
+        streams: &[CUstream],
+    ) -> Result<Vec<(usize, CUstream)>> {
         let mut waits = Vec::new();
         let mut covered = 0;
         for ((rank, pair), stream) in own.iter().enumerate().zip(streams) {
@@ -136,7 +145,7 @@ impl Cuda {
             self.copy(rank, from, to, *stream)?;
             waits.push((rank, *stream));
         }
-        self.finish(&waits)
+        Ok(waits)
     }
 
     /// Waits for what was copied. In a capture nothing has run yet, so there is nothing to wait for: what a captured

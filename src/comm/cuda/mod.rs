@@ -23,7 +23,7 @@ use super::backend::Backend;
 use super::check;
 use super::communicator::CommOptions;
 use super::operation::{Operation, Pair};
-use crate::device::cuda::{Event, capturing};
+use crate::device::cuda::{Event, OwnStream, capturing};
 use crate::device::{Device, Stream};
 use crate::error::{Error, Result};
 
@@ -33,6 +33,7 @@ pub(crate) struct Cuda {
     rooms: Rooms,
     queues: Vec<Mutex<Queue>>,
     machines: Vec<Machine>,
+    own: Vec<OwnStream>,
     /// The machine of every rank.
     seats: Vec<usize>,
     devices: Vec<Device>,
@@ -93,14 +94,17 @@ impl Cuda {
             .min(MOST_BLOCKS);
         let rooms = Rooms::new(&Seats { machines: &machines, of: &seats }, options.peers, blocks as usize)?;
         let mut queues = Vec::with_capacity(devices.len());
+        let mut own = Vec::with_capacity(devices.len());
         for seat in &seats {
             if let Some(machine) = machines.get(*seat) {
+                own.push(OwnStream::new(&machine.context)?);
                 queues.push(Mutex::new(Queue { last: None, calls: 0, moved: Event::new(&machine.context)? }));
             }
         }
         Ok(Self {
             rooms,
             queues,
+            own,
             machines,
             seats,
             devices: devices.to_vec(),
@@ -246,6 +250,10 @@ impl Backend for Cuda {
         let mut stopped = self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
         stopped.get_or_insert(reason);
         self.rooms.stop();
+    }
+
+    fn streams(&self) -> Vec<Stream> {
+        self.own.iter().map(|stream| Stream(stream.raw().expose_provenance())).collect()
     }
 
     fn wait(&self, streams: &[Stream]) -> Result<()> {
