@@ -246,8 +246,9 @@ struct Meeting {
     __device__ bool gets(u32 peer) const { return (peers[peer].role & GETS) != 0; }
 };
 
-// Writes this rank's letters. The sequence number of the operation is returned.
-__device__ __forceinline__ u64 announce(const Call &call) {
+// Writes this rank's letters. The sequence number of the operation is returned. Addresses are told only where peers
+// use them.
+template <bool ADDRESSES> __device__ __forceinline__ u64 announce(const Call &call) {
     Rank *rank = call.rank();
     const u64 whole = load_volatile(&rank->sequence) + 1;
     const u32 sequence = (u32)whole;
@@ -257,6 +258,7 @@ __device__ __forceinline__ u64 announce(const Call &call) {
         const u64 stride = call.gives() ? call.me().input_stride : call.me().output_stride;
         uint4 *letter = (uint4 *)&rank->out[peer]->letters[sequence & 1];
         store_volatile(letter, make_uint4(call.signature, sequence, call.role(), sequence));
+        if (!ADDRESSES) return whole;
         store_volatile(letter + 1, make_uint4((u32)data, sequence, (u32)(data >> 32), sequence));
         store_volatile(letter + 2, make_uint4((u32)stride, sequence, (u32)(stride >> 32), sequence));
     }
@@ -274,7 +276,7 @@ __device__ __forceinline__ bool receive(Patience &patience, const uint4 *part, u
 }
 
 // Waits for all letters. Ends in a barrier of the block; `meeting` is in shared memory. False: leave at once.
-__device__ __noinline__ bool meet(const Call &call, u64 whole, Meeting &meeting) {
+template <bool ADDRESSES> __device__ __noinline__ bool meet(const Call &call, u64 whole, Meeting &meeting) {
     const u32 sequence = (u32)whole;
     Rank *rank = call.rank();
     if (threadIdx.x == 0) {
@@ -292,24 +294,25 @@ __device__ __noinline__ bool meet(const Call &call, u64 whole, Meeting &meeting)
         } else {
             Patience patience(call);
             const uint4 *letter = (const uint4 *)&rank->in[peer]->letters[sequence & 1];
-            uint4 what, data, stride;
-            if (receive(patience, letter, sequence, peer, what) &&
-                receive(patience, letter + 1, sequence, peer, data) &&
-                receive(patience, letter + 2, sequence, peer, stride)) {
-                about.data = data.x | (u64)data.z << 32;
-                about.stride = stride.x | (u64)stride.z << 32;
-                about.role = what.z;
-                if (what.x != call.signature && (what.z & (GIVES | GETS)) && (call.role() & (GIVES | GETS))) {
-                    stop(rank, DISAGREED, 1u << peer, call.signature);
-                    meeting.alive = false;
-                }
-            } else {
-                meeting.alive = false;
+            uint4 what, data = {}, stride = {};
+            bool came = receive(patience, letter, sequence, peer, what);
+            // A rank that only comes need not have made the same call.
+            const bool both = came && (what.z & (GIVES | GETS)) != 0 && (call.role() & (GIVES | GETS)) != 0;
+            if (both && what.x != call.signature) {
+                stop(rank, DISAGREED, 1u << peer, call.signature);
+                came = false;
+            } else if (ADDRESSES && both) {
+                came = receive(patience, letter + 1, sequence, peer, data) &&
+                       receive(patience, letter + 2, sequence, peer, stride);
             }
+            about.data = data.x | (u64)data.z << 32;
+            about.stride = stride.x | (u64)stride.z << 32;
+            about.role = came ? what.z : 0;
+            if (!came) meeting.alive = false;
         }
     }
-    // What peers wrote before their letters is read after it.
-    __threadfence_system();
+    // What peers wrote before their letters is read after it. Pushed data needs no such order.
+    if (ADDRESSES) __threadfence_system();
     __syncthreads();
     return meeting.alive;
 }

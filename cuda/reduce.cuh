@@ -58,7 +58,7 @@ template <class T> struct Eight {
 template <class T> __device__ __forceinline__ void all_reduce_small(const Call &call) {
     __shared__ Meeting meeting;
     Rank *rank = call.rank();
-    const u64 whole = announce(call);
+    const u64 whole = announce<false>(call);
     const u32 sequence = (u32)whole;
     const View view = call.output(call.columns);
     const u64 total = view.rows * view.columns;
@@ -84,7 +84,7 @@ template <class T> __device__ __forceinline__ void all_reduce_small(const Call &
             }
         }
     }
-    bool alive = meet(call, whole, meeting);
+    bool alive = meet<false>(call, whole, meeting);
     if (alive && call.gets()) {
         Patience patience(call);
         for (u64 pack = mine; alive && pack < packs; pack += step) {

@@ -12,8 +12,8 @@ __device__ __forceinline__ bool all_reachable(const Call &call, const Meeting &m
 // Announces, meets, works and parts. `work` returns whether it came to its end.
 template <class Work> __device__ __forceinline__ void together(const Call &call, Work work) {
     __shared__ Meeting meeting;
-    const u64 sequence = announce(call);
-    if (meet(call, sequence, meeting) && (call.role() & (GIVES | GETS)) != 0 && work(meeting)) part(call, meeting);
+    const u64 sequence = announce<true>(call);
+    if (meet<true>(call, sequence, meeting) && (call.role() & (GIVES | GETS)) != 0 && work(meeting)) part(call, meeting);
     close(call, sequence);
 }
 
@@ -67,11 +67,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) take(const __grid_const
     });
 }
 
-// The sizes that src/comm/cuda/layout.rs must agree with.
-extern "C" __device__ const u32 tp_rs_layout[5] = {sizeof(Status), sizeof(Inbox), sizeof(Rank), sizeof(Call), THREADS};
+// Rows that several ranks of a device copy to or from host memory, each by the blocks of one `blockIdx.y`.
+struct Copies {
+    u32 *leaving;  // blocks that are done, in device memory
+    u32 *done;     // in host memory; 0 where nobody waits
+    u32 value;     // what the last block writes there
+    u32 unused;
+    Rows rows[MOST_RANKS];
+};
 
-// Copies rows of bytes between places that one device sees: a rank's own columns to or from host memory.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) copy(const __grid_constant__ Rows rows) { copy_rows(rows); }
+// Copies rows between places that one device sees. The host looks at a word instead of waiting for the stream, which
+// would take longer than small copies.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) copy(const __grid_constant__ Copies copies) {
+    copy_rows(copies.rows[blockIdx.y]);
+    if (copies.done == nullptr) return;
+    __threadfence_system();
+    __syncthreads();
+    if (threadIdx.x == 0 && atomicAdd(copies.leaving, 1) == gridDim.x * gridDim.y - 1) {
+        *copies.leaving = 0;
+        __threadfence_system();
+        *(volatile u32 *)copies.done = copies.value;
+    }
+}
+
+// The sizes that src/comm/cuda/layout.rs must agree with.
+extern "C" __device__ const u32 tp_rs_layout[6] = {sizeof(Status), sizeof(Inbox), sizeof(Rank), sizeof(Call), sizeof(Copies),
+                                                    THREADS};
 
 // Writes a pattern to a peer's memory, or checks it there: the number of wrong words is added to `wrong`.
 extern "C" __global__ void write_pattern(u32 *memory, u32 words, u32 seed) {

@@ -302,6 +302,7 @@ class Communicator:
         threads: int | None = None,
         streams: Iterable[object] | None = None,
         peers: Literal["proved", "staged"] = "proved",
+        pushed_below: int | None = None,
     ) -> Communicator: ...
     @property
     def devices(self) -> list[str]: ...

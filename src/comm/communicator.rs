@@ -31,6 +31,9 @@ pub struct CommOptions {
     pub poll: Option<Poll>,
     /// How data gets from one CUDA device to another.
     pub peers: Peers,
+    /// Bytes up to which a sum on CUDA devices is pushed to all ranks in one step; larger ones are divided among them.
+    /// At most 1 MiB for 2 ranks, less for more. `None` for what was measured to be best.
+    pub pushed_below: Option<usize>,
 }
 
 /// How data gets from one CUDA device to another.
@@ -51,7 +54,13 @@ pub enum Peers {
 
 impl Default for CommOptions {
     fn default() -> Self {
-        Self { timeout: Duration::from_secs(30), threads: None, poll: None, peers: Peers::default() }
+        Self {
+            timeout: Duration::from_secs(30),
+            threads: None,
+            poll: None,
+            peers: Peers::default(),
+            pushed_below: None,
+        }
     }
 }
 
@@ -62,6 +71,7 @@ impl std::fmt::Debug for CommOptions {
             .field("threads", &self.threads)
             .field("poll", &self.poll.as_ref().map(|_| ".."))
             .field("peers", &self.peers)
+            .field("pushed_below", &self.pushed_below)
             .finish()
     }
 }

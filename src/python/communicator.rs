@@ -82,7 +82,8 @@ impl Communicator {
 #[pymethods]
 impl Communicator {
     #[new]
-    #[pyo3(signature = (devices, timeout=30.0, *, threads=None, streams=None, peers="proved"))]
+    #[pyo3(signature = (devices, timeout=30.0, *, threads=None, streams=None, peers="proved", pushed_below=None))]
+    #[allow(clippy::too_many_arguments)] // Options by keyword.
     fn new(
         py: Python<'_>,
         devices: &Bound<'_, PyAny>,
@@ -90,6 +91,7 @@ impl Communicator {
         threads: Option<&Bound<'_, PyAny>>,
         streams: Option<&Bound<'_, PyAny>>,
         peers: &str,
+        pushed_below: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let wanted = "a list with one device a rank, such as [\"cpu\", \"cpu\"]";
         let not_a_list = || invalid(py, "devices", devices.get_type(), wanted);
@@ -115,8 +117,11 @@ impl Communicator {
                 return Err(invalid(py, "peers", format!("{other:?}"), "\"proved\" or \"staged\""));
             }
         };
+        let pushed_below = pushed_below.map(|bytes| whole(bytes, "pushed_below")).transpose()?;
+        let pushed_below = pushed_below.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
         let streams = Arc::new(Streams::read(streams, parsed.len())?);
-        let options = CommOptions { timeout: duration, threads, poll: Some(Arc::new(poll)), peers };
+        let options =
+            CommOptions { timeout: duration, threads, poll: Some(Arc::new(poll)), peers, pushed_below };
         let inner = guarded(py, || comm::Communicator::new(&parsed, &options))?;
         Ok(Self { inner: Arc::new(inner), streams, timeout })
     }

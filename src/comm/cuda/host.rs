@@ -1,19 +1,32 @@
 //! List calls on CUDA ranks, and what they do with tensors in host memory.
 
 use std::ffi::c_void;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{self, CUstream};
 
 use super::Cuda;
-use super::layout::{Rows, THREADS};
+use super::layout::{Copies, Rows, THREADS};
 use crate::comm::operation::{Layout, Operation, Pair};
 use crate::comm::view::Tensor;
 use crate::device::Device;
 use crate::device::cuda::{capturing, pointer};
 use crate::error::{Error, Result};
 
-/// Up to so many bytes a kernel writes a rank's columns to pinned host memory; above, the copy engine is faster.
-const KERNEL_BELOW: usize = 64 << 10;
+/// Up to so many bytes in all, kernels read and write pinned host memory; above, the copy engines are faster.
+const KERNEL_BELOW: usize = 512 << 10;
+/// How long a word in host memory is looked at before the stream is waited for.
+const LOOK_FOR: Duration = Duration::from_millis(2);
+
+/// What one rank copies to or from host memory.
+#[derive(Clone, Copy)]
+struct Copy<'a> {
+    rank: usize,
+    stream: CUstream,
+    from: Columns<'a>,
+    to: Columns<'a>,
+}
 
 /// Columns of a tensor.
 #[derive(Clone, Copy)]
@@ -65,8 +78,7 @@ impl Cuda {
             },
             Operation::Gather { root, layout, blocking } if *root == caller => match guest.gets() {
                 Some(target) if target.device == Device::Cpu => {
-                    let waits = self.fetch(layout, own, target, streams)?;
-                    if *blocking { self.finish(&waits) } else { Ok(()) }
+                    self.fetch(layout, own, target, streams, *blocking)
                 }
                 Some(target) => self.gather_to_guest(layout, own, target, streams),
                 None => Ok(()),
@@ -111,26 +123,26 @@ impl Cuda {
     /// Copies a tensor in host memory to every rank's. Complete for the host on return, so that the source may be
     /// changed or freed.
     fn send(&self, source: &Tensor, own: &[Pair], streams: &[CUstream]) -> Result<()> {
-        let mut waits = Vec::new();
+        let mut copies = Vec::with_capacity(own.len());
         for ((rank, pair), stream) in own.iter().enumerate().zip(streams) {
             let Some(target) = pair.gets() else { continue };
             let from = Columns { tensor: source, start: 0, width: source.columns };
             let to = Columns { tensor: target, start: 0, width: target.columns };
-            self.copy(rank, from, to, *stream)?;
-            waits.push((rank, *stream));
+            copies.push(Copy { rank, stream: *stream, from, to });
         }
-        self.finish(&waits)
+        self.copy_all(&copies, source, true)
     }
 
-    /// Copies every rank's columns to a tensor in host memory, and says on which streams.
+    /// Copies every rank's columns to a tensor in host memory.
     fn fetch(
         &self,
         layout: &Layout<'_>,
         own: &[Pair],
         target: &Tensor,
         streams: &[CUstream],
-    ) -> Result<Vec<(usize, CUstream)>> {
-        let mut waits = Vec::new();
+        blocking: bool,
+    ) -> Result<()> {
+        let mut copies = Vec::with_capacity(own.len());
         let mut covered = 0;
         for ((rank, pair), stream) in own.iter().enumerate().zip(streams) {
             let (Some(part), Some((start, end))) = (pair.gives(), layout.columns(rank)) else { continue };
@@ -142,25 +154,45 @@ impl Cuda {
             }
             let from = Columns { tensor: part, start: begin - start, width: end - begin };
             let to = Columns { tensor: target, start: begin, width: end - begin };
-            self.copy(rank, from, to, *stream)?;
-            waits.push((rank, *stream));
+            copies.push(Copy { rank, stream: *stream, from, to });
         }
-        Ok(waits)
+        self.copy_all(&copies, target, blocking)
     }
 
-    /// Waits for what was copied. In a capture nothing has run yet, so there is nothing to wait for: what a captured
-    /// copy reads or writes has to be there when the graph runs.
-    fn finish(&self, waits: &[(usize, CUstream)]) -> Result<()> {
-        for (index, (rank, stream)) in waits.iter().enumerate() {
-            let before = waits.get(..index).unwrap_or(&[]);
-            if before
-                .iter()
-                .any(|(other, known)| known == stream && self.seats.get(*other) == self.seats.get(*rank))
-            {
+    /// Copies between ranks and host memory. With `blocking`, returns when all of it is done. In a capture nothing has
+    /// run yet, so there is nothing to wait for: host memory has to be there when the graph runs.
+    fn copy_all(&self, copies: &[Copy<'_>], host: &Tensor, blocking: bool) -> Result<()> {
+        let Some(first) = copies.first() else { return Ok(()) };
+        let bytes = copies.iter().map(|copy| copy.from.bytes()).fold(0, usize::saturating_add);
+        let pinned = pointer::pinned(self.machine(first.rank)?.context(), host.data as u64)?;
+        let mut waits = Vec::new();
+        for (index, copy) in copies.iter().enumerate() {
+            let same = |other: &&Copy<'_>| {
+                other.stream == copy.stream && self.seats.get(other.rank) == self.seats.get(copy.rank)
+            };
+            if copies.iter().take(index).any(|other| same(&other)) {
                 continue;
             }
-            if !capturing(&self.machine(*rank)?.context, *stream)? {
-                self.synchronize(*rank, *stream)?;
+            let group: Vec<_> = copies.iter().filter(same).copied().collect();
+            let context = self.machine(copy.rank)?.context();
+            let blocking = blocking && !capturing(context, copy.stream)?;
+            if pinned && bytes <= KERNEL_BELOW {
+                if let Some(value) = self.copy_by_kernel(&group, blocking)? {
+                    waits.push((copy, Some(value)));
+                }
+                continue;
+            }
+            for copy in &group {
+                self.copy_by_engine(copy)?;
+            }
+            if blocking {
+                waits.push((copy, None));
+            }
+        }
+        for (copy, value) in waits {
+            match value {
+                Some(value) => self.wait_for_word(copy, value)?,
+                None => self.synchronize(copy.rank, copy.stream)?,
             }
         }
         Ok(())
@@ -168,42 +200,76 @@ impl Cuda {
 
     /// Waits for a rank's stream.
     pub(super) fn synchronize(&self, rank: usize, stream: CUstream) -> Result<()> {
-        let context = &self.machine(rank)?.context;
+        let context = self.machine(rank)?.context();
         let _current = context.enter()?;
         // SAFETY: the stream is one of this device, by the caller's promise.
         context.check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(stream) })
     }
 
-    /// Copies columns between a rank's device and host memory, in the order of the stream.
-    fn copy(&self, rank: usize, from: Columns<'_>, to: Columns<'_>, stream: CUstream) -> Result<()> {
-        let machine = self.machine(rank)?;
-        let context = &machine.context;
-        let host = if from.tensor.device == Device::Cpu { from } else { to };
-        let width = from.width * from.tensor.dtype.size();
-        let _current = context.enter()?;
-        if from.bytes() <= KERNEL_BELOW && pointer::pinned(context, host.address())? {
-            let mut rows = Rows {
-                to: to.address(),
-                to_stride: to.stride() as u64,
-                from: from.address(),
-                from_stride: from.stride() as u64,
-                count: from.tensor.rows as u64,
-                width: width as u64,
-            };
-            let blocks =
-                u32::try_from(from.bytes().div_ceil(16 * THREADS as usize)).unwrap_or(1).clamp(1, 16);
-            let mut parameters: [*mut c_void; 1] = [(&raw mut rows).cast()];
-            // SAFETY: both tensors were checked, pinned memory has the same address everywhere, and the caller of the
-            // operation answers for the memory and the stream.
-            return unsafe {
-                machine.module.launch(machine.copy, (blocks, 1), THREADS, stream, &mut parameters)
+    /// Looks at the word that a kernel writes, and waits for the stream if that takes long: it may stand behind much
+    /// other work, or have failed.
+    fn wait_for_word(&self, copy: &Copy<'_>, value: u32) -> Result<()> {
+        let since = Instant::now();
+        while self.rooms.copied(copy.rank) != value {
+            if since.elapsed() > LOOK_FOR {
+                return self.synchronize(copy.rank, copy.stream);
+            }
+            std::hint::spin_loop();
+        }
+        Ok(())
+    }
+
+    /// Copies of ranks that share a stream, in one launch. Returns what the kernel will write where it is done.
+    fn copy_by_kernel(&self, group: &[Copy<'_>], blocking: bool) -> Result<Option<u32>> {
+        let (Some(first), Some(widest)) = (group.first(), group.iter().map(|copy| copy.from.bytes()).max())
+        else {
+            return Ok(None);
+        };
+        let machine = self.machine(first.rank)?;
+        let mut parameter = Copies::default();
+        for (rows, copy) in parameter.rows.iter_mut().zip(group) {
+            *rows = Rows {
+                to: copy.to.address(),
+                to_stride: copy.to.stride() as u64,
+                from: copy.from.address(),
+                from_stride: copy.from.stride() as u64,
+                count: copy.from.tensor.rows as u64,
+                width: (copy.from.width * copy.from.tensor.dtype.size()) as u64,
             };
         }
+        let Some(queue) = self.queues.get(first.rank) else { return Ok(None) };
+        let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        if blocking {
+            queue.copies = queue.copies.wrapping_add(1);
+            parameter.value = queue.copies;
+            (parameter.leaving, parameter.done) = self.rooms.copied_places(first.rank);
+        }
+        let blocks = u32::try_from(widest.div_ceil(16 * THREADS as usize)).unwrap_or(1).clamp(1, 32);
+        let ranks = u32::try_from(group.len()).unwrap_or(1);
+        let mut parameters: [*mut c_void; 1] = [(&raw mut parameter).cast()];
+        // SAFETY: the tensors were checked, pinned memory has the same address everywhere, and the caller of the
+        // operation answers for the memory and the stream.
+        unsafe {
+            machine.kernels.module.launch(
+                machine.kernels.copy,
+                (blocks, ranks),
+                THREADS,
+                first.stream,
+                &mut parameters,
+            )?;
+        };
+        Ok(blocking.then_some(parameter.value))
+    }
+
+    /// One rank's copy by the copy engine, in the order of its stream.
+    fn copy_by_engine(&self, copy: &Copy<'_>) -> Result<()> {
+        let context = self.machine(copy.rank)?.context();
+        let (from, to) = (copy.from, copy.to);
         let to_host = to.tensor.device == Device::Cpu;
         let (host_kind, device_kind) =
             (sys::CUmemorytype::CU_MEMORYTYPE_HOST, sys::CUmemorytype::CU_MEMORYTYPE_DEVICE);
         let pointer = |columns: Columns<'_>| std::ptr::with_exposed_provenance_mut::<c_void>(columns.at());
-        let copy = sys::CUDA_MEMCPY2D {
+        let description = sys::CUDA_MEMCPY2D {
             srcXInBytes: 0,
             srcY: 0,
             srcMemoryType: if to_host { device_kind } else { host_kind },
@@ -218,10 +284,12 @@ impl Cuda {
             dstDevice: if to_host { 0 } else { to.address() },
             dstArray: std::ptr::null_mut(),
             dstPitch: to.stride(),
-            WidthInBytes: width,
+            WidthInBytes: from.width * from.tensor.dtype.size(),
             Height: from.tensor.rows,
         };
+        let _current = context.enter()?;
         // SAFETY: as above; the driver reads the description before it returns.
-        context.check("cuMemcpy2DAsync_v2", unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, stream) })
+        let code = unsafe { sys::cuMemcpy2DAsync_v2(&raw const description, copy.stream) };
+        context.check("cuMemcpy2DAsync_v2", code)
     }
 }

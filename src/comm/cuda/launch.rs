@@ -7,7 +7,6 @@ use cudarc::driver::sys::CUstream;
 use super::Cuda;
 use super::kernels::Sum;
 use super::layout::{Call, GETS, GIVES, MOST_RANKS, Member, REACHABLE, THREADS};
-use super::setup::small_bytes;
 use crate::comm::DType;
 use crate::comm::operation::{Layout, Operation, Pair};
 use crate::comm::view::Tensor;
@@ -16,7 +15,7 @@ use crate::error::{Error, Result};
 
 /// Up to so many bytes a sum is pushed to all ranks in one step; above, every rank sums a share of it. Two ranks of
 /// one H100: see docs/communicator.md for the measurements that these were chosen by.
-const PUSHED_BELOW: usize = 256 << 10;
+pub(super) const PUSHED_BELOW: usize = 1 << 20;
 /// Bytes of a pushed sum that are worth a block: 8 a thread.
 const SMALL_BYTES_A_BLOCK: usize = 8 * THREADS as usize;
 /// Bytes of other operations that are worth a block.
@@ -118,7 +117,7 @@ impl Cuda {
         }
         call.signature = signature(operation, first.dtype, call.rows, call.columns, &call);
         let bytes = rows.saturating_mul(columns).saturating_mul(size);
-        let small = bytes <= PUSHED_BELOW.min(small_bytes(self.ranks()));
+        let small = bytes <= self.pushed_below;
         let kernel = match operation {
             Operation::AllReduce if small => Kernel::Sum(Sum::Small, first.dtype),
             Operation::AllReduce => Kernel::Sum(Sum::Large, first.dtype),
@@ -174,7 +173,7 @@ impl Cuda {
         for tensor in [pair.gives(), pair.gets()].into_iter().flatten() {
             // Ranks of a single device share its context, where every address is everybody's.
             if careful && plain && self.machines.len() > 1 {
-                plain = pointer::plain(&self.machine(rank)?.context, tensor.data as u64)?;
+                plain = pointer::plain(self.machine(rank)?.context(), tensor.data as u64)?;
             }
         }
         if let Some(input) = pair.gives() {
@@ -206,15 +205,17 @@ impl Cuda {
         }
         let function = match prepared.kernel {
             // A rank that only comes needs no more than one block that meets the others.
-            _ if !present => machine.take,
-            Kernel::Sum(sum, dtype) => machine.sum(sum, dtype)?,
-            Kernel::Take => machine.take,
+            _ if !present => machine.kernels.take,
+            Kernel::Sum(sum, dtype) => machine.kernels.sum(sum, dtype)?,
+            Kernel::Take => machine.kernels.take,
         };
         let blocks = if present { prepared.blocks } else { 1 };
         let together = u32::try_from(ranks.len()).unwrap_or(1);
         let mut parameters: [*mut c_void; 1] = [(&raw mut call).cast()];
         // SAFETY: the kernel takes a `Call`; the caller of the operation answers for the tensors and the stream.
-        unsafe { machine.module.launch(function, (blocks, together), THREADS, stream, &mut parameters) }
+        unsafe {
+            machine.kernels.module.launch(function, (blocks, together), THREADS, stream, &mut parameters)
+        }
     }
 
     /// Adds every rank's columns of its source to its target. Ranks do not meet.
@@ -233,14 +234,16 @@ impl Cuda {
             call.begin[0] = narrow(start, 1)?;
             call.end[0] = narrow(end, 1)?;
             call.members[0] = self.member(rank, pair, 1, false)?;
-            let function = machine.sum(Sum::Residual, source.dtype)?;
+            let function = machine.kernels.sum(Sum::Residual, source.dtype)?;
             let bytes = target.rows * target.columns * target.dtype.size();
             // No waiting here: as many blocks as there is work for.
             let blocks =
                 u32::try_from(bytes.div_ceil(8 * THREADS as usize)).unwrap_or(u32::MAX).clamp(1, 4096);
             let mut parameters: [*mut c_void; 1] = [(&raw mut call).cast()];
             // SAFETY: as in `launch`.
-            unsafe { machine.module.launch(function, (blocks, 1), THREADS, *stream, &mut parameters)? };
+            unsafe {
+                machine.kernels.module.launch(function, (blocks, 1), THREADS, *stream, &mut parameters)?;
+            };
         }
         Ok(())
     }

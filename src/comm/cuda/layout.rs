@@ -74,9 +74,9 @@ pub(super) struct Call {
     pub(super) members: [Member; MOST_RANKS],
 }
 
-/// The parameter of the kernel that copies rows.
+/// Rows of bytes that a kernel copies.
 #[repr(C)]
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Rows {
     pub(super) to: u64,
     pub(super) to_stride: u64,
@@ -86,13 +86,25 @@ pub(super) struct Rows {
     pub(super) width: u64,
 }
 
+/// The parameter of the kernel that copies rows to and from host memory.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Copies {
+    pub(super) leaving: u64,
+    pub(super) done: u64,
+    pub(super) value: u32,
+    pub(super) unused: u32,
+    pub(super) rows: [Rows; MOST_RANKS],
+}
+
 /// The sizes that the kernels must have been made with: the variable `tp_rs_layout`.
 #[allow(clippy::cast_possible_truncation)] // Hundreds of bytes.
-pub(super) const SIZES: [u32; 5] = [
+pub(super) const SIZES: [u32; 6] = [
     size_of::<Status>() as u32,
     INBOX_BYTES as u32,
     size_of::<Rank>() as u32,
     size_of::<Call>() as u32,
+    size_of::<Copies>() as u32,
     THREADS,
 ];
 

@@ -39,6 +39,7 @@ pub(crate) struct Cuda {
     devices: Vec<Device>,
     timeout: Duration,
     blocks: u32,
+    pushed_below: usize,
     stopped: Mutex<Option<String>>,
 }
 
@@ -47,6 +48,8 @@ struct Queue {
     last: Option<CUstream>,
     /// Operations that were launched by rank calls.
     calls: u64,
+    /// Copies to and from host memory that the host waited for by their word.
+    copies: u32,
     moved: Event,
 }
 
@@ -97,8 +100,13 @@ impl Cuda {
         let mut own = Vec::with_capacity(devices.len());
         for seat in &seats {
             if let Some(machine) = machines.get(*seat) {
-                own.push(OwnStream::new(&machine.context)?);
-                queues.push(Mutex::new(Queue { last: None, calls: 0, moved: Event::new(&machine.context)? }));
+                own.push(OwnStream::new(machine.context())?);
+                queues.push(Mutex::new(Queue {
+                    last: None,
+                    calls: 0,
+                    copies: 0,
+                    moved: Event::new(machine.context())?,
+                }));
             }
         }
         Ok(Self {
@@ -110,6 +118,10 @@ impl Cuda {
             devices: devices.to_vec(),
             timeout: options.timeout,
             blocks,
+            pushed_below: options
+                .pushed_below
+                .unwrap_or(launch::PUSHED_BELOW)
+                .min(setup::small_bytes(devices.len())),
             stopped: Mutex::new(None),
         })
     }
@@ -174,12 +186,12 @@ impl Cuda {
             return Ok(());
         }
         let machine = self.machine(rank)?;
-        if capturing(&machine.context, stream)? {
+        if capturing(machine.context(), stream)? {
             // What is captured runs whenever it is replayed; its order is the caller's.
             return Ok(());
         }
         if let Some(last) = queue.last
-            && !capturing(&machine.context, last)?
+            && !capturing(machine.context(), last)?
         {
             // SAFETY: the caller keeps streams alive until the rank has used another one (see `Stream`).
             unsafe {

@@ -14,6 +14,8 @@ const CHUNK_BYTES: usize = 8192;
 const SLOTS: usize = 4;
 /// Where the inboxes begin behind a rank's record.
 const RECORD_BYTES: usize = 512;
+/// Where a rank counts the blocks of its copies to host memory.
+const LEAVING_AT: usize = 448;
 
 /// The largest tensor that is pushed instead of pulled, by the number of ranks: every rank has room for two of each
 /// peer's, at twice their size.
@@ -37,6 +39,8 @@ pub(super) struct Rooms {
     pub(super) reachable: Vec<bool>,
     status_at: usize,
     stop_at: usize,
+    copied_at: usize,
+    host_bases: Vec<u64>,
 }
 
 /// Gives out places in a block of memory that is not there yet.
@@ -66,11 +70,11 @@ impl Rooms {
             .machines
             .iter()
             .map(|machine| Prover {
-                context: &machine.context,
+                context: machine.context(),
                 stream: &machine.stream,
-                module: &machine.module,
-                write: machine.write_pattern,
-                check: machine.check_pattern,
+                module: &machine.kernels.module,
+                write: machine.kernels.write_pattern,
+                check: machine.kernels.check_pattern,
             })
             .collect();
         let connections = match peers {
@@ -92,6 +96,18 @@ impl Rooms {
             return Status::default();
         }
         Status { state, sequence: word(1), missing: word(2), signature: word(3) }
+    }
+
+    /// Where a rank's copies count their blocks, and the word that they write when done, as its device sees it.
+    pub(super) fn copied_places(&self, rank: usize) -> (u64, u64) {
+        let record = self.records.get(rank).copied().unwrap_or(0);
+        let host = self.host_bases.get(rank).copied().unwrap_or(0);
+        (record + LEAVING_AT as u64, host + (self.copied_at + rank * size_of::<u32>()) as u64)
+    }
+
+    /// What a rank's last copy wrote.
+    pub(super) fn copied(&self, rank: usize) -> u32 {
+        self.host.word(self.copied_at / size_of::<u32>() + rank)
     }
 
     /// Ends all waits of kernels.
@@ -129,6 +145,7 @@ impl Plan<'_> {
         let mut own: Vec<Places> = (0..ranks).map(|_| Places { bytes: RECORD_BYTES }).collect();
         let status_at = host.take(ranks * size_of::<Status>());
         let stop_at = host.take(4);
+        let copied_at = host.take(ranks * 4);
         // Where things are: in host memory, or with the rank that reads them.
         let mut inboxes = vec![(false, 0_usize); ranks * ranks];
         let mut stages = vec![(false, 0_usize); ranks];
@@ -148,7 +165,7 @@ impl Plan<'_> {
             }
         }
 
-        let first = self.seats.machines.first().map(|machine| Arc::clone(&machine.context));
+        let first = self.seats.machines.first().map(|machine| Arc::clone(machine.context()));
         let Some(first) = first else {
             return Err(crate::error::Error::invalid("devices", "none", "one a rank"));
         };
@@ -156,13 +173,15 @@ impl Plan<'_> {
         let mut devices = Vec::with_capacity(ranks);
         for (rank, places) in own.iter().enumerate() {
             if let Some(machine) = self.machine(rank) {
-                devices.push(DeviceMemory::zeroed(&machine.context, places.bytes, &machine.stream)?);
+                devices.push(DeviceMemory::zeroed(machine.context(), places.bytes, &machine.stream)?);
             }
         }
+        let mut host_bases = Vec::with_capacity(ranks);
         let base: Vec<u64> = devices.iter().map(DeviceMemory::address).collect();
         for rank in 0..ranks {
             let Some(machine) = self.machine(rank) else { continue };
-            let host_base = host.address(&machine.context)?;
+            let host_base = host.address(machine.context())?;
+            host_bases.push(host_base);
             let place = |(with_owner, at): (bool, usize), owner: usize| -> u64 {
                 let start = if with_owner { base.get(owner).copied().unwrap_or(0) } else { host_base };
                 start + at as u64
@@ -195,8 +214,17 @@ impl Plan<'_> {
             }
             let at = base.get(rank).copied().unwrap_or(0);
             // SAFETY: the rank's memory begins with room for its record.
-            unsafe { write(&machine.context, &machine.stream, at, &record)? };
+            unsafe { write(machine.context(), &machine.stream, at, &record)? };
         }
-        Ok(Rooms { _devices: devices, host, records: base, reachable, status_at, stop_at })
+        Ok(Rooms {
+            _devices: devices,
+            host,
+            records: base,
+            reachable,
+            status_at,
+            stop_at,
+            copied_at,
+            host_bases,
+        })
     }
 }
