@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from tp_rs.errors import InvalidInput, ModelError
-from tp_rs.integrations.transformers import gguf
+from tp_rs.integrations.transformers import gguf, quantized
 from tp_rs.integrations.transformers.sources import Source, TensorSource
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -77,6 +77,13 @@ def _from_model(model: PreTrainedModel, dtype: torch.dtype | None) -> Checkpoint
         )
         raise InvalidInput(message)
     _check_config(model.config)
+    settings = quantized.settings_of(model.config)
+    if settings is not None:
+        message = (
+            f"model: its weights were quantised with {settings['quant_method']} and are in its modules' own "
+            "form; pass the folder it was loaded from"
+        )
+        raise ModelError(message)
     sources: dict[str, Source] = {name: TensorSource(tensor) for name, tensor in model.state_dict().items()}
     return Checkpoint(
         name=type(model).__name__,
@@ -97,18 +104,27 @@ def _from_folder(path: Path, dtype: torch.dtype | None) -> Checkpoint:
     except (ValueError, KeyError, OSError) as error:
         message = f"{path}: transformers {transformers.__version__} cannot read its configuration: {error}"
         raise ModelError(message) from error
+    settings = quantized.settings_of(config, path)
+    if settings is not None:
+        quantized.without_settings(config)
     kept: list[Any] = []
     generation = None
     if (path / "generation_config.json").exists():
         generation = GenerationConfig.from_pretrained(path)
     tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
     kind = _class_of(config)
+    dtype = dtype or _dtype_of(config)
+
+    def read(_: PreTrainedModel) -> dict[str, Source]:
+        sources = _files(path, kept)
+        return sources if settings is None else quantized.decode(sources, settings, dtype, path.name)
+
     return Checkpoint(
         name=path.name,
         config=_own_config(config, kind),
         kind=kind,
-        dtype=dtype or _dtype_of(config),
-        read=lambda _: _files(path, kept),
+        dtype=dtype,
+        read=read,
         generation=generation,
         tokenizer={"pretrained_model_name_or_path": str(path)} if tokenizer else None,
         keep=kept,
@@ -183,15 +199,6 @@ def _own_config(config: PretrainedConfig, kind: type[PreTrainedModel]) -> Pretra
 def _check_config(config: PretrainedConfig) -> None:
     if getattr(config, "is_encoder_decoder", False):
         message = f"{config.model_type}: encoder-decoder models are not run in parts"
-        raise ModelError(message)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        described = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        method = described.get("quant_method", "unknown")
-        message = (
-            f"{config.model_type}: weights quantised with {method} are not read in parts; "
-            "use the checkpoint that is not quantised, or a GGUF file of it"
-        )
         raise ModelError(message)
 
 

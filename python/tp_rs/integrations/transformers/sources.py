@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from tp_rs.integrations.transformers.splits import Interval
 
-__all__ = ["Counter", "Part", "Source", "TensorSource"]
+__all__ = ["Counter", "Part", "Source", "TensorSource", "dtype_name"]
 
 _NAMES = {
     torch.float64: "F64",
@@ -25,7 +25,15 @@ _NAMES = {
     torch.int32: "I32",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
 }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as safetensors writes it."""
+    return _NAMES.get(dtype, str(dtype))
 
 
 class Source(Protocol):
@@ -53,7 +61,7 @@ class TensorSource:
 
     def get_dtype(self) -> str:
         """Its dtype."""
-        return _NAMES.get(self._tensor.dtype, str(self._tensor.dtype))
+        return dtype_name(self._tensor.dtype)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """A copy: the caller's model must not change with this one, nor this one with it."""
@@ -61,7 +69,7 @@ class TensorSource:
 
 
 class Counter:
-    """Bytes that a rank has read, for progress and for tests."""
+    """Bytes of what a rank has read, quantised tensors as they were decoded; for progress and for tests."""
 
     def __init__(self, rank: int = 0, tell: Callable[[int, int], None] | None = None) -> None:
         self.bytes = 0
