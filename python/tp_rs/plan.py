@@ -30,6 +30,7 @@ def plan(
     splits: Mapping[str, Sequence[int] | None] | None = None,
     duplicate_kv: bool = False,
     experts: str = "inside",
+    weights: object = None,
 ) -> _native.Plan:
     """Plan how a model is divided over ranks, from its headers alone.
 
@@ -51,6 +52,9 @@ def plan(
             (`"vc"`) or whole experts (`"experts"`); what is left out is found.
         duplicate_kv: Whether ranks may keep copies of a KV head and share its query heads.
         experts: `"inside"` cuts every expert, `"whole"` gives each to one rank.
+        weights: What weights become when they are loaded: `"float32"`, `"bfloat16"`, `"float16"`, `"float64"`
+            or a torch dtype. None plans for them as the checkpoint stores them. Decoded weights take bytes of
+            their own, and can be cut inside the blocks that quantised ones keep together.
 
     Returns:
         The plan. One that does not fit is returned all the same, with `fits` False and its `shortfall`;
@@ -67,6 +71,8 @@ def plan(
     shares = _shares(splits)
     ranks = resolve(gpu_split, devices, speeds)
     shape = shape_of(model)
+    if weights is not None:
+        shape = shape.held_as(str(weights).removeprefix("torch."))
     _log.debug("planning %r over %s", shape, ranks)
     return _native.plan(
         shape,

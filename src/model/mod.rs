@@ -8,6 +8,7 @@ mod from_headers;
 pub mod gguf;
 mod gguf_config;
 mod header;
+mod held;
 pub mod index;
 mod inventory;
 mod json;
@@ -20,6 +21,7 @@ mod tensor;
 mod visitors;
 mod workload;
 
+pub use held::WeightType;
 pub use shape::{Dimensions, Layer, Mixer, Mlp, ModelShape, Quantization, Source, Unsplittable};
 pub use tensor::{CutAlong, Part, RawTensor, Role, Tensor};
 pub(crate) use workload::Costs;

@@ -99,6 +99,12 @@ impl ModelShape {
         })
     }
 
+    /// The same model with every weight a plain element of this type, as a loader holds it that decodes
+    /// quantised weights or converts floats.
+    fn held_as(&self, py: Python<'_>, dtype: &str) -> PyResult<Self> {
+        guarded(py, || self.inner.held_as(dtype.parse()?)).map(|inner| Self { inner })
+    }
+
     /// Everything as JSON text.
     fn to_json(&self, py: Python<'_>) -> PyResult<String> {
         to_json(py, &self.inner)
