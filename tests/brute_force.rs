@@ -11,7 +11,7 @@ use std::cell::Cell;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use tp_rs::split::balance::{Balanced, balance};
-use tp_rs::split::workload::{Axis, Basis, Cost, Workload};
+use tp_rs::split::workload::{Axis, Basis, Blocks, Cost, Workload};
 use tp_rs::split::{GIB, Item, Options, RankBudget, Share, Splits, account};
 
 /// Coefficients of a case: what one unit of each thing takes and what is read of it.
@@ -91,6 +91,7 @@ impl Case {
             intermediate: axis(self.columns),
             widths: Vec::new(),
             vocabulary: axis(self.rows),
+            blocks: Blocks::default(),
             experts: None,
             costs: vec![
                 cost(Basis::Rank, (self.per_rank, 0), 1),

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::split::activations::{
     KEY_COPIES, MLP_COPIES, QUERY_COPIES, RESIDUAL_COPIES, SMALL_MESSAGE_BYTES, STAGING_BYTES,
 };
-use crate::split::workload::{Axis, Basis, Cost, Workload, gcd, lcm};
+use crate::split::workload::{Axis, Basis, Block, Blocks, Cost, Workload, gcd, lcm};
 use crate::split::{ExpertSplit, Item, Options, PlannedModel};
 
 /// Columns and rows that the solver cuts at, where the format does not ask for more: whole tiles of a matrix product.
@@ -50,6 +50,7 @@ impl<'a> Costs<'a> {
             intermediate: width_axis(dimensions.intermediate),
             widths: others.map(width_axis).collect(),
             vocabulary: axis(dimensions.vocabulary, grids.vocabulary),
+            blocks: blocks(&shape.tensors, dimensions.intermediate),
             experts,
             costs: Vec::new(),
             activation_base: 0,
@@ -255,6 +256,29 @@ impl Grids {
         }
         grids
     }
+}
+
+/// The first of the tensors with the largest blocks along each dimension.
+fn blocks(tensors: &[Tensor], intermediate: u64) -> Blocks {
+    let mut blocks = Blocks::default();
+    for tensor in tensors {
+        for part in &tensor.parts {
+            let largest = match part.along {
+                CutAlong::QueryHeads | CutAlong::KvHeads => &mut blocks.heads,
+                CutAlong::Intermediate { width } | CutAlong::Experts { width, .. }
+                    if width == intermediate =>
+                {
+                    &mut blocks.intermediate
+                }
+                CutAlong::Vocabulary => &mut blocks.vocabulary,
+                _ => continue,
+            };
+            if part.grid > largest.as_ref().map_or(1, |block| block.elements) {
+                *largest = Some(Block { tensor: tensor.name.clone(), elements: part.grid });
+            }
+        }
+    }
+    blocks
 }
 
 /// The KV heads' axis, and the query heads that sharers of one KV head may take.

@@ -1,7 +1,7 @@
 //! What a caller can get wrong, found before anything is computed.
 
 use super::balance::FixedSteps;
-use super::workload::{Axis, Workload};
+use super::workload::{Axis, Block, Workload};
 use super::{Context, ExpertSplit, Options, RankBudget, Split, Strategy};
 use crate::error::{Error, Result};
 
@@ -75,13 +75,18 @@ pub(crate) fn check_shares(
     options: &Options,
 ) -> Result<FixedSteps> {
     let shares = &options.shares;
-    let check = |name: &str, counts: &Option<Vec<u64>>, axis: &Axis, unit: &str| -> Result<()> {
-        counts.as_ref().map_or(Ok(()), |counts| check_counts(name, counts, axis, unit, budgets))
-    };
-    check("kv", &shares.kv, &workload.kv_heads, "KV heads")?;
-    check("id", &shares.id, &workload.intermediate, "intermediate columns")?;
-    check("vc", &shares.vc, &workload.vocabulary, "vocabulary rows")?;
-    check("rs", &shares.rs, &workload.hidden, "residual columns")?;
+    let blocks = &workload.blocks;
+    for (name, counts, axis, unit, block) in [
+        ("kv", &shares.kv, &workload.kv_heads, "KV heads", &blocks.heads),
+        ("id", &shares.id, &workload.intermediate, "intermediate columns", &blocks.intermediate),
+        ("vc", &shares.vc, &workload.vocabulary, "vocabulary rows", &blocks.vocabulary),
+        ("rs", &shares.rs, &workload.hidden, "residual columns", &None),
+    ] {
+        if let Some(counts) = counts {
+            check_counts(name, counts, axis, unit, budgets)?;
+            check_grid(name, counts, axis, unit, block.as_ref())?;
+        }
+    }
     match (&shares.experts, workload.experts) {
         (Some(counts), Some(experts)) => {
             let axis = Axis { total: experts, grid: 1, step: 1 };
@@ -125,12 +130,23 @@ fn check_counts(name: &str, counts: &[u64], axis: &Axis, unit: &str, budgets: &[
             let wanted = format!("0: rank {rank} ({}) has a budget of 0 GiB", budgets[rank].device);
             return Err(Error::invalid(format!("{argument}[{rank}]"), count, wanted));
         }
-        if !count.is_multiple_of(axis.grid) {
-            let wanted = format!("a multiple of {}, where these weights can be cut", axis.grid);
-            return Err(Error::invalid(format!("{argument}[{rank}]"), format!("{count} {unit}"), wanted));
-        }
     }
     Ok(())
+}
+
+/// Every cut must fall where the weights' format allows one. `counts` add up to the axis.
+fn check_grid(name: &str, counts: &[u64], axis: &Axis, unit: &str, block: Option<&Block>) -> Result<()> {
+    let Some((rank, count)) = counts.iter().enumerate().find(|(_, count)| !count.is_multiple_of(axis.grid))
+    else {
+        return Ok(());
+    };
+    let below = count - count % axis.grid;
+    let why = block.map_or_else(
+        || "these weights can be cut at multiples of that only".to_owned(),
+        |Block { tensor, elements }| format!("{tensor} keeps blocks of {elements} elements together"),
+    );
+    let wanted = format!("{below} or {}, multiples of {}: {why}", below + axis.grid, axis.grid);
+    Err(Error::invalid(format!("splits[\"{name}\"][{rank}]"), format!("{count} {unit}"), wanted))
 }
 
 /// Checks that a residual split that the caller fixed covers every rank of `id`.

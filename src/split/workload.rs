@@ -38,6 +38,26 @@ impl Axis {
     }
 }
 
+/// A tensor whose format keeps elements together, which is why an axis has a grid.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Block {
+    /// Its name.
+    pub tensor: String,
+    /// Elements that stay together along the cut side.
+    pub elements: u64,
+}
+
+/// The largest block along each dimension that splits divide, for messages.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Blocks {
+    /// Along query or KV heads.
+    pub heads: Option<Block>,
+    /// Along the intermediate.
+    pub intermediate: Option<Block>,
+    /// Along the vocabulary.
+    pub vocabulary: Option<Block>,
+}
+
 pub(crate) fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
@@ -98,6 +118,8 @@ pub struct Workload {
     pub widths: Vec<Axis>,
     /// Vocabulary rows.
     pub vocabulary: Axis,
+    /// What the grids come from.
+    pub blocks: Blocks,
     /// Routed experts a layer, where they are divided whole; the intermediate's cuts then follow theirs.
     pub experts: Option<u64>,
     /// Bytes.
