@@ -117,6 +117,18 @@ def test_weights_of_all_ranks_are_the_models_where_nothing_is_held_twice(config:
     assert made.model.weight_bytes == attention + mlp + 2 * v * h * 2 + (2 * layers + 1) * h * 2
 
 
+def test_weights_that_are_converted_take_their_new_bytes(config: dict[str, Any]) -> None:
+    stored, wide = (tp_rs.plan(config, [2.0, 1.0], devices=CPU2, weights=kind) for kind in (None, "float32"))
+    assert wide.model.weight_bytes == 2 * stored.model.weight_bytes
+    for item in ("mlp", "logits", "activations"):
+        totals = [sum(rank.items[item] for rank in made.ranks) for made in (stored, wide)]
+        assert totals[0] < totals[1]
+    assert ModelShape.from_config(config).held_as("float32").total_bytes == wide.model.weight_bytes
+    for wrong in ("int4", 32, "FLOAT32"):
+        with pytest.raises(tp_rs.errors.InvalidInput, match=r"weights: got .* wanted float32, bfloat16"):
+            plan(config, [2.0, 1.0], devices=CPU2, weights=wrong)
+
+
 def test_every_way_of_giving_a_model_gives_the_same_split(config: dict[str, Any], config_file: Path) -> None:
     transformers_config = TransformersConfig(config)
     ways: list[object] = [

@@ -153,6 +153,12 @@ def test_a_gguf_file_over_ranks(tmp_path):
         rank.model.layers[1].mlp.down_proj.weight, state["model.layers.1.mlp.down_proj.weight"][:, 32:]
     )
     front.unload()
+    planned = load(path, [0.2, 0.1], devices=["cpu"] * 2, check=False)
+    items = ("attention", "mlp", "embedding", "head", "replicated")
+    for each, model in zip(planned.tp_rs_runner.plan.ranks, planned.tp_rs_runner.models, strict=True):
+        held = sum(parameter.nbytes for parameter in model.parameters())
+        assert sum(each.items.get(item, 0) for item in items) == held
+    planned.unload()
 
 
 def write_llama(library, path, config, architecture="llama"):
@@ -237,14 +243,6 @@ def test_a_shard_that_is_not_there(folder):
     sorted(path.glob("*.safetensors"))[1].unlink()
     with pytest.raises(ModelError, match="which is not there"):
         load(path, plan=SPLITS, check=False)
-
-
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
-def test_quantised_weights_are_refused_by_name(folder, method):
-    _, path = folder("llama", shard="1GB")
-    change(path, quantization_config={"quant_method": method, "bits": 4})
-    with pytest.raises(ModelError, match=f"quantised with {method}"):
-        load(path, plan=SPLITS)
 
 
 def test_what_is_no_checkpoint(tmp_path):

@@ -34,6 +34,7 @@ KINDS = {
     "awq": {"bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
     "awq-128": {"bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
     "fp8": {"weight_block_size": [64, 64], "activation_scheme": "dynamic"},
+    "fp8-small-blocks": {"weight_block_size": [32, 64], "activation_scheme": "dynamic"},
     "fp8-uneven-blocks": {"weight_block_size": [128, 32], "activation_scheme": "dynamic"},
     "fp8-one-scale": {"activation_scheme": "dynamic"},
 }
@@ -162,7 +163,8 @@ def test_a_stack_of_matrices_in_float8():
 
 def test_float8_is_decoded_as_transformers_does(saved):
     pytest.importorskip("accelerate")
-    packed, _ = saved("fp8")
+    # It takes the blocks' size from the shapes, which is right where the last block is a whole one.
+    packed, _ = saved("fp8-small-blocks")
     theirs = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
     plan = Splits.of(kv=[3], intermediate=[256], vocabulary=[97], groups=2)
     front = load(packed, plan=plan, dtype=torch.float32, check=False)
@@ -233,9 +235,11 @@ def test_plans_of_packed_weights_keep_to_their_blocks(saved, kind):
 
 def test_a_cut_inside_a_block_is_refused_for_packed_weights(saved):
     packed, _ = saved("fp8")
-    with pytest.raises(InvalidInput, match=r"splits\[\"kv\"\]\[0\]: got 2 KV heads, wanted .*_proj.weight"):
+    with pytest.raises(
+        InvalidInput, match=r"splits\[\"kv\"\]\[0\]: got 2 KV heads, wanted 0 or 3.*_proj.weight"
+    ):
         tp_rs.plan(packed, [1.0, 1.0], devices=["cpu"] * 2, splits={"kv": [2, 1]})
-    with pytest.raises(InvalidInput, match=r"96 intermediate columns.*blocks of 64.*64 or 128"):
+    with pytest.raises(InvalidInput, match=r"96 intermediate columns, wanted 64 or 128.* blocks of 64"):
         tp_rs.plan(packed, [1.0, 1.0], devices=["cpu"] * 2, splits={"id": [96, 160]})
     plan = tp_rs.plan(packed, [1.0, 1.0], devices=["cpu"] * 2, splits={"kv": [2, 1]}, weights="float32")
     assert plan.kv_split == [(0, 0, 2), (1, 2, 3)]
@@ -256,8 +260,13 @@ def test_plans_count_what_ranks_hold(saved, kind, dtype):
 
 def test_a_plan_of_packed_bytes_is_measured_again(saved, caplog):
     packed, _ = saved("gptq")
-    small_plan = tp_rs.plan(packed, [0.004, 0.004], devices=["cpu"] * 2, context=16, chunk=16)
+    options = {"devices": ["cpu"] * 2, "context": 16, "chunk": 16, "splits": {"kv": [2, 1], "id": [128, 128]}}
+    roomy = tp_rs.plan(packed, [1.0, 1.0], **options)
+    small_plan = tp_rs.plan(packed, [(rank.total + 1000) / 2**30 for rank in roomy.ranks], **options)
     assert small_plan.fits
+    assert not tp_rs.plan(
+        packed, [each.budget / 2**30 for each in small_plan.ranks], weights="float32", **options
+    ).fits
     with pytest.raises(
         DoesNotFit, match=r"as float32, and the plan counts .* MiB are missing; plan with weights"
     ):

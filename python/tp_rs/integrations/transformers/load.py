@@ -11,6 +11,7 @@ from tp_rs.integrations.transformers import selfcheck
 from tp_rs.integrations.transformers.assemble import Progress, assemble, decide
 from tp_rs.integrations.transformers.checkpoint import Checkpoint, open_checkpoint
 from tp_rs.integrations.transformers.collectives import ThreadCollectives
+from tp_rs.integrations.transformers.room import require_room
 from tp_rs.integrations.transformers.verified import VERIFIED
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def load(
         from tp_rs.plan import plan as make_plan  # noqa: PLC0415  its native half is not needed for a given plan
 
         shape = model if isinstance(model, (str,)) or hasattr(model, "__fspath__") else checkpoint.config
-        plan = make_plan(shape, gpu_split, context=limit, devices=devices)
+        plan = make_plan(shape, gpu_split, context=limit, devices=devices, weights=checkpoint.dtype)
     elif gpu_split is not None:
         message = "gpu_split: got it beside plan, wanted one of them"
         raise InvalidInput(message)
@@ -81,6 +82,7 @@ def load(
     _check_plan(checkpoint, plan)
     places = _places(plan, devices)
     skeleton, layout = decide(checkpoint, plan, len(places))
+    require_room(checkpoint, skeleton, layout, plan, force=force)
     unknown = checkpoint.config.get_text_config().model_type not in VERIFIED
     if check or (check is None and unknown):
         selfcheck.ensure(checkpoint.kind, checkpoint.config, len(places), collectives)
