@@ -7,7 +7,8 @@
     uv run --no-project cuda/build.py            # write cuda/tp_rs.ptx
     uv run --no-project cuda/build.py --check    # fail if it is not what the sources give
 
-NVRTC 12.2 writes a text that drivers of CUDA 12.2 and later load; compute_70 lets every card since Volta run it.
+NVRTC 12.2 writes a text that drivers of CUDA 12.2 and later load; compute_70 lets every card since Volta
+run it.
 """
 
 from __future__ import annotations

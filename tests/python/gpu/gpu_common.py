@@ -32,7 +32,9 @@ def random_tensor(shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.
     """Fresh random values in host memory, exact in their dtype."""
     generator = torch.Generator().manual_seed(seed)
     if dtype in {torch.int8, torch.uint8}:
-        return torch.randint(-100 if dtype == torch.int8 else 0, 100, tuple(shape), generator=generator).to(dtype)
+        return torch.randint(-100 if dtype == torch.int8 else 0, 100, tuple(shape), generator=generator).to(
+            dtype
+        )
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
 
 

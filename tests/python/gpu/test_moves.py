@@ -47,7 +47,8 @@ def test_gathers_put_columns_side_by_side(shares, dtype, peers):
             by_rank[rank] = part
         targets = [poison(whole.shape, dtype) for _ in range(ranks)]
         each_rank(
-            comm, lambda view, rank, p=by_rank, t=targets, d=dim: view.all_gather(p[rank], split, t[rank], dim=d)
+            comm,
+            lambda view, rank, p=by_rank, t=targets, d=dim: view.all_gather(p[rank], split, t[rank], dim=d),
         )
         for target in targets:
             assert torch.equal(bits(target), bits(whole)), (rows, dim, "all_gather by rank")
