@@ -104,6 +104,7 @@ fn caches_are_what_the_published_dimensions_say() {
     };
     // 32 layers of 8 heads of 128 elements, key and value, 2 bytes.
     assert_eq!(cache("llama-3-8b", 8192, CacheType::Fp16, &[30.0, 20.0]), 32 * 8 * 128 * 2 * 2 * 8192);
+    assert_eq!(cache("llama-3-8b", 8192, CacheType::Fp32, &[30.0]), 32 * 8 * 128 * 2 * 4 * 8192);
     assert_eq!(cache("llama-3-8b", 8192, CacheType::Q4, &[30.0]), 32 * 8 * 128 * 2 * 8192 * 9 / 16);
     assert_eq!(cache("llama-3-8b", 8192, CacheType::Fp8, &[30.0]), 32 * 8 * 128 * 2 * 8192);
     // 42 layers of 8 heads of 256 elements; every other one looks back 4096 tokens only.

@@ -74,6 +74,8 @@ pub enum Context {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CacheType {
+    /// Four bytes an element: the cache of a model that runs in float32.
+    Fp32,
     /// Two bytes an element.
     #[default]
     Fp16,
@@ -93,6 +95,7 @@ impl CacheType {
     #[must_use]
     pub fn sixteenths(self) -> u64 {
         match self {
+            Self::Fp32 => 64,
             Self::Fp16 => 32,
             Self::Fp8 => 16,
             Self::Q8 => 17,
@@ -111,6 +114,7 @@ impl CacheType {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Fp32 => "fp32",
             Self::Fp16 => "fp16",
             Self::Fp8 => "8bit",
             Self::Q8 => "q8",
@@ -125,12 +129,13 @@ impl FromStr for CacheType {
 
     fn from_str(text: &str) -> Result<Self> {
         match text.to_ascii_lowercase().as_str() {
+            "fp32" => Ok(Self::Fp32),
             "fp16" => Ok(Self::Fp16),
             "8bit" => Ok(Self::Fp8),
             "q8" => Ok(Self::Q8),
             "q6" => Ok(Self::Q6),
             "q4" => Ok(Self::Q4),
-            _ => Err(Error::invalid("cache", format!("{text:?}"), "one of fp16, 8bit, q8, q6, q4")),
+            _ => Err(Error::invalid("cache", format!("{text:?}"), "one of fp32, fp16, 8bit, q8, q6, q4")),
         }
     }
 }
