@@ -123,13 +123,14 @@ def test_json_is_the_plan(config_file: Path) -> None:
 def test_every_option_reaches_the_plan(config_file: Path) -> None:
     given = (
         "--gpu-split 4,4 --devices cpu,cpu --speeds 2,1 --context 300 --batch 3 --chunk 64 --cache 8bit "
-        "--kv 3,1 --id 2048,768 --vc 16000,16000 --rs 512,512 --json"
+        "--kv 3,1 --id 2048,768 --vc 16000,16000 --rs 512,512 --weights float32 --json"
     )
     done = RUNNER.invoke(app, ["plan", str(config_file), *given.split()])
     assert done.exit_code == 0, done.stderr
     plan = tp_rs.Plan.from_json(done.stdout)
     assert (plan.context, plan.batch, plan.chunk, plan.cache) == (300, 3, 64, "8bit")
     assert [rank.speed for rank in plan.ranks] == [2.0, 1.0]
+    assert plan.model.weight_bytes == 2 * tp_rs.ModelShape.from_path(config_file).total_bytes
     assert plan.kv_split == [(0, 0, 3), (1, 3, 4)]
     assert plan.id_split == [(0, 0, 2048), (1, 2048, 2816)]
     assert plan.vc_split == [(0, 0, 16000), (1, 16000, 32000)]
