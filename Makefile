@@ -35,9 +35,13 @@ unexport VIRTUAL_ENV CONDA_PREFIX
 help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-run: .venv/.installed $(DEMO) ## Set everything up and plan a small real model over three unequal GPUs
-	@echo '$$ tp-rs plan $(notdir $(DEMO)) --gpu-split 1.0,0.9,0.8 --context 8192'
-	@$(BIN)/tp-rs plan $(DEMO) --gpu-split 1.0,0.9,0.8 --context 8192
+run: REST := --context 512 --chunk 512 --chat --prompt 'Why is the sky blue?' --max-new-tokens 24 --check
+run: .venv/.installed $(DEMO) ## Set everything up and run a small real model over 2 and over 3 unequal ranks
+	@echo "$$ tp-rs run $(DEMO) --devices cpu,cpu --gpu-split 0.4,0.3 $(REST)"
+	@$(BIN)/tp-rs run $(DEMO) --devices cpu,cpu --gpu-split 0.4,0.3 $(REST)
+	@echo; echo "$$ tp-rs run $(DEMO) --devices cpu,cpu,cpu --gpu-split 0.35,0.2,0.06 $(REST)"
+	@$(BIN)/tp-rs run $(DEMO) --devices cpu,cpu,cpu --gpu-split 0.35,0.2,0.06 $(REST)
+	@echo; echo 'Over 2 ranks (KV heads 2+1) and over 3 (2+1+0): the same tokens as the unsharded model.'
 
 test: lint types deny doc test-rust test-python ## Set everything up and check all that CI checks
 
