@@ -50,8 +50,9 @@ fn split(value: &Bound<'_, PyAny>, argument: &str) -> PyResult<Split> {
     Ok(Split(shares.into_iter().map(Share::from).collect()))
 }
 
-fn factor(dim: Option<&Bound<'_, PyAny>>) -> PyResult<u64> {
-    dim.map_or(Ok(1), |dim| whole(dim, "dim"))
+/// Whose columns are which: a split, and the columns of one of its units.
+fn columns(value: &Bound<'_, PyAny>, dim: Option<&Bound<'_, PyAny>>) -> PyResult<(Split, u64)> {
+    Ok((split(value, "split")?, dim.map_or(Ok(1), |dim| whole(dim, "dim"))?))
 }
 
 fn tensor(value: &Bound<'_, PyAny>, argument: &str) -> PyResult<Tensor> {
@@ -208,7 +209,7 @@ impl Communicator {
         non_blocking: bool,
     ) -> PyResult<()> {
         let parts = tensors::list(parts, "parts")?;
-        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let (split, dim) = columns(split, dim)?;
         let (target, views) = (tensor(target, "target")?, &parts.views);
         if non_blocking {
             let streams = self.streams_now(py)?;
@@ -234,7 +235,7 @@ impl Communicator {
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let (parts, targets) = (tensors::list(parts, "parts")?, tensors::list(targets, "targets")?);
-        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let (split, dim) = columns(split, dim)?;
         let target_split = target_split.map_or_else(
             // Without one, every rank gets the result.
             || Ok(Split::from_counts(&vec![1; self.inner.devices().len()])),
@@ -259,7 +260,7 @@ impl Communicator {
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let (inputs, outputs) = (tensors::list(inputs, "inputs")?, tensors::list(outputs, "outputs")?);
-        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let (split, dim) = columns(split, dim)?;
         let (inputs, outputs) = (&inputs.views, &outputs.views);
         let streams = self.streams_now(py)?;
         // SAFETY: as for `all_reduce`.
@@ -277,7 +278,7 @@ impl Communicator {
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let (targets, sources) = (tensors::list(targets, "targets")?, tensors::list(sources, "sources")?);
-        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let (split, dim) = columns(split, dim)?;
         let (targets, sources) = (&targets.views, &sources.views);
         let streams = self.streams_now(py)?;
         // SAFETY: as for `all_reduce`.
@@ -362,7 +363,7 @@ impl RankView {
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let part = tensor_or_none(part, "part")?;
-        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let (split, dim) = columns(split, dim)?;
         let target = target.map(|target| tensor(target, "target")).transpose()?;
         let stream = self.stream(py)?;
         released(py, || {
@@ -382,7 +383,7 @@ impl RankView {
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let (part, target) = (tensor_or_none(part, "part")?, tensor_or_none(target, "target")?);
-        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let (split, dim) = columns(split, dim)?;
         let stream = self.stream(py)?;
         // SAFETY: as for `all_reduce`.
         released(py, || unsafe { self.inner.rank_all_gather(self.rank, &part, &split, dim, &target, stream) })
@@ -399,7 +400,7 @@ impl RankView {
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let (source, target) = (tensor_or_none(source, "source")?, tensor_or_none(target, "target")?);
-        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let (split, dim) = columns(split, dim)?;
         let stream = self.stream(py)?;
         released(py, || {
             // SAFETY: as for `all_reduce`.
@@ -418,7 +419,7 @@ impl RankView {
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let (target, source) = (tensor(target, "target")?, tensor(source, "source")?);
-        let (split, dim) = (self::split(split, "split")?, factor(dim)?);
+        let (split, dim) = columns(split, dim)?;
         let stream = self.stream(py)?;
         released(py, || {
             // SAFETY: as for `all_reduce`.
