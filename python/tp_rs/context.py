@@ -88,7 +88,9 @@ class TPContext(Splits):
             devices: The device of every rank. Left out, rank i is `cuda:i`, and "cpu" where no GPU is.
             context: Tokens a sequence, as for `tp_rs.plan`.
             timeout: Seconds that a rank waits for the others.
-            pinned_bytes: Bytes of each of both host buffers; None for what the plan can need.
+            pinned_bytes: Bytes of each of both host buffers; None for the plan's `buffer_bytes`: a chunk of
+                the residual stream or of attention's output in the model's dtype, or one position's logits a
+                sequence in float32.
             rope: Fields of a config.json that say how positions are rotated, where the model lacks them.
             force: Whether to go on with a plan that does not fit.
             options: More for `tp_rs.plan`: `batch`, `chunk`, `cache`, `strategy`, `splits` and so on.
@@ -181,6 +183,7 @@ class TPContext(Splits):
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             self.pinned_temp = [torch.empty(elements, dtype=torch.float16) for _ in range(_BUFFERS)]
+        _log.info("%d host buffers of %d bytes each", _BUFFERS, elements * torch.float16.itemsize)
         self._scratch = [Scratch() for _ in range(self.num_devices)]
         self.streams = [0] * self.num_devices
         self._communicator = communicator
@@ -319,8 +322,12 @@ class TPContext(Splits):
     def get_sin_cos(self, dtype: torch.dtype | None = None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Tables of the rotary embedding, `[sets, 1, tokens, columns]` a rank, float16 unless said otherwise.
 
-        They come from the model's device contexts where it has them, else from its rotary parameters. A rank
-        without a part of the model gets an empty meta tensor. Ranks on one device share one table.
+        They come from the model's device contexts where it has them, else from its rotary parameters (in the
+        configuration, the GGUF header or the plan) with `rope=` over them. A rank without a part of the model
+        gets an empty meta tensor. Ranks on one device share one table.
+
+        Raises:
+            InvalidInput: The parameters are nowhere, or not usable.
         """
         self._live("get_sin_cos")
         import torch  # noqa: PLC0415
@@ -336,7 +343,7 @@ class TPContext(Splits):
                 held = contexts(rank)
                 sin[rank], cos[rank] = (torch.cat(part, 0).to(dtype) for part in (held.sin, held.cos))
         else:
-            settings = rope.settings_of(self.model) or {}
+            settings = rope.settings_of(self.model, self.plan) or {}
             made = rope.tables({**settings, **(self._rope or {})} or None, self.plan.context)
             shared: dict[str, list[torch.Tensor]] = {}
             for rank in self.all_devs:
@@ -402,14 +409,9 @@ class TPContext(Splits):
         return self.pinned_temp
 
     def _buffer_bytes(self) -> int:
-        """What one gathered tensor of the plan can need, in float32."""
         if self._pinned_bytes is not None:
             return whole("pinned_bytes", self._pinned_bytes)
-        plan, model = self.plan, self.plan.model
-        widest = max(model.hidden, model.query_heads * model.head_dim, total(self.rs_split))
-        vocabulary = max(model.vocabulary, total(self.vc_split))
-        # Whole chunks of the residual stream or of attention; of the logits only those to sample from.
-        return 4 * max(plan.chunk * widest, plan.batch * vocabulary)
+        return self.plan.buffer_bytes
 
     def _live(self, call: str, buffer: int = 0) -> _native.Communicator:
         if self._communicator is None:

@@ -7,17 +7,19 @@ of transformers.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tp_rs._native import ModelShape
 from tp_rs.errors import InvalidInput
+from tp_rs.models import shape_of
 
 if TYPE_CHECKING:
     import torch
+
+    from tp_rs._native import Plan
 
 __all__ = ["settings_of", "tables"]
 
@@ -26,15 +28,11 @@ _HINT = (
 )
 
 
-def settings_of(model: object) -> dict[str, Any] | None:
-    """The configuration in which a model's rotary parameters are, or None where it carries none."""
-    if isinstance(model, (str, os.PathLike)):
-        path = Path(model)
-        path = path / "config.json" if path.is_dir() else path
-        if path.suffix != ".json" or not path.is_file():
-            return None
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-        return loaded if isinstance(loaded, dict) else None
+def settings_of(model: object, plan: Plan | None = None) -> dict[str, Any] | None:
+    """The configuration in which a model's rotary parameters are, or None where it carries none.
+
+    `plan` is asked where `model` itself does not tell.
+    """
     if isinstance(model, Mapping):
         return dict(model)
     holders: tuple[Any, ...] = (model, getattr(model, "config", None))
@@ -45,7 +43,10 @@ def settings_of(model: object) -> dict[str, Any] | None:
             return dict(holder.to_dict())
         if hasattr(holder, "rotary_embedding_base"):
             return _from_exllamav2(holder)
-    return None
+    if plan is not None and plan.model.rotary is not None:
+        return plan.model.rotary
+    # A plan from elsewhere may lack them.
+    return shape_of(model).rotary if isinstance(model, (str, os.PathLike, ModelShape)) else None
 
 
 def _from_exllamav2(config: Any) -> dict[str, Any]:
@@ -81,7 +82,10 @@ def tables(settings: Mapping[str, Any] | None, length: int) -> tuple[torch.Tenso
     import torch  # noqa: PLC0415 - the package works without torch until tensors are wanted
 
     if settings is None:
-        message = f"model: got one without rotary parameters, wanted a config with them; {_HINT}"
+        message = (
+            "model: got one that does not say how positions are rotated (a GGUF file may keep that in a "
+            f"tensor, which is not read), wanted a config that does; {_HINT}"
+        )
         raise InvalidInput(message)
     nested = settings.get("text_config")
     config = dict(nested if isinstance(nested, Mapping) else settings)

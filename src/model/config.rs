@@ -12,7 +12,7 @@ mod tests;
 
 use serde_json::Value;
 
-use super::{Dimensions, Layer, Mixer, Mlp};
+use super::{Dimensions, Layer, Mixer, Mlp, rotary};
 use crate::error::{Error, Result};
 use crate::model::config::decoder::decoder;
 use crate::model::config::layers::{Kind, kinds};
@@ -76,6 +76,7 @@ pub(crate) fn dimensions(config: &Value, name: &str) -> Result<Dimensions> {
         element_bytes: element_bytes(&config)?,
         layers,
         quantization: quantization(&config)?,
+        rotary: rotary::of_config(&config),
     })
 }
 

@@ -73,6 +73,7 @@ pub(crate) fn dimensions(attributes: &Value, name: &str) -> Result<Dimensions> {
         element_bytes: 2,
         layers: vec![layer; layers],
         quantization: Quantization::None,
+        rotary: None,
     })
 }
 

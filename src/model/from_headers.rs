@@ -112,6 +112,7 @@ pub(crate) fn dimensions(raw: &[RawTensor], name: &str) -> Result<Dimensions> {
         element_bytes,
         layers,
         quantization: Quantization::None,
+        rotary: None,
     })
 }
 

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use super::config::widest_by_bytes;
 use super::gguf::{GgufFile, GgufValue};
-use super::{Dimensions, Layer, Mixer, Mlp, Quantization};
+use super::{Dimensions, Layer, Mixer, Mlp, Quantization, rotary};
 use crate::error::{Error, Result};
 use crate::model::config::reader::{LARGEST_DIMENSION, MOST_EXPERTS, MOST_LAYERS, quoted};
 use crate::model::gguf_config::metadata::{Metadata, broken, shown};
@@ -108,6 +108,7 @@ pub(crate) fn dimensions(gguf: &GgufFile, name: &str) -> Result<Dimensions> {
         } else {
             Quantization::None
         },
+        rotary: rotary::of_gguf(&metadata, attention.key_dim),
     })
 }
 

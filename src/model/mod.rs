@@ -13,6 +13,7 @@ pub mod index;
 mod inventory;
 mod json;
 pub mod roles;
+mod rotary;
 pub mod safetensors;
 #[cfg(test)]
 mod samples;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{
     RawTensor, Role, Tensor, check, checkpoint, config, exllamav2, from_headers, gguf_config, inventory,
@@ -124,6 +124,10 @@ pub struct Dimensions {
     pub layers: Vec<Layer>,
     /// How weights are quantised, if they are.
     pub quantization: Quantization,
+    /// How positions are rotated, as the fields of a transformers `config.json` say it; `None` where the model does
+    /// not rotate them, or what was read does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotary: Option<Map<String, Value>>,
 }
 
 /// How the weights of a checkpoint are quantised, as far as it decides where they may be cut.

@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 
 use super::{CutAlong, Dimensions, Mixer, Mlp, ModelShape, Role, Tensor};
 use crate::error::{Error, Result};
-use crate::split::activations::{
-    KEY_COPIES, MLP_COPIES, QUERY_COPIES, RESIDUAL_COPIES, SMALL_MESSAGE_BYTES, STAGING_BYTES,
-};
+use crate::split::activations::{KEY_COPIES, MLP_COPIES, QUERY_COPIES, RESIDUAL_COPIES, SMALL_MESSAGE_BYTES};
+use crate::split::pinned;
 use crate::split::workload::{Axis, Basis, Block, Blocks, Cost, Workload, gcd, lcm};
 use crate::split::{ExpertSplit, Item, Options, PlannedModel};
 
@@ -56,6 +55,7 @@ impl<'a> Costs<'a> {
             activation_base: 0,
             activation_attention: 0,
             activation_mlp: 0,
+            buffer_bytes: 0,
             pinned_bytes: 0,
         };
         weights.costs = weight_costs(shape, &weights);
@@ -157,9 +157,25 @@ impl<'a> Costs<'a> {
                 Basis::Rank,
                 residual.saturating_add((self.ranks - 1) * SMALL_MESSAGE_BYTES),
             );
-            let largest = residual.max(logits.saturating_mul(dimensions.element_bytes));
-            workload.pinned_bytes = largest.saturating_mul(2).saturating_add(self.ranks * STAGING_BYTES);
         }
+        workload.buffer_bytes = self.gathered(chunk);
+        workload.pinned_bytes = pinned(workload.buffer_bytes, self.ranks);
+    }
+
+    /// Bytes of the largest tensor that is gathered in host memory: a chunk of the residual stream or of attention's
+    /// output, or the logits to sample from, in float32.
+    fn gathered(&self, chunk: u64) -> u64 {
+        let dimensions = self.dimensions;
+        let attention = dimensions.layers.iter().map(|layer| match layer.mixer {
+            Mixer::Attention { query_heads, key_dim, value_dim, .. } => query_heads * key_dim.max(value_dim),
+            Mixer::Latent { query_heads, .. } => query_heads * dimensions.head_dim,
+            Mixer::Recurrent { .. } | Mixer::None => 0,
+        });
+        let columns = attention.fold(dimensions.hidden, u64::max);
+        let rows = chunk.saturating_mul(columns).saturating_mul(dimensions.element_bytes);
+        // The reference's split of the vocabulary ends at a multiple of 32.
+        let vocabulary = dimensions.vocabulary.next_multiple_of(32);
+        rows.max(self.options.batch.saturating_mul(vocabulary).saturating_mul(4))
     }
 }
 
@@ -178,6 +194,7 @@ impl ModelShape {
             intermediate: dimensions.intermediate,
             vocabulary: dimensions.vocabulary,
             weight_bytes: self.tensors.iter().map(|tensor| tensor.bytes).sum(),
+            rotary: dimensions.rotary.clone(),
         }
     }
 

@@ -190,7 +190,13 @@ impl Plan {
         self.inner.speeds_known
     }
 
-    /// Bytes of pinned host memory that the communicator takes.
+    /// Bytes of each of the two buffers in host memory that gathered tensors go to.
+    #[getter]
+    fn buffer_bytes(&self) -> u64 {
+        self.inner.buffer_bytes
+    }
+
+    /// Bytes of pinned host memory: both buffers, and what ranks stage messages through.
     #[getter]
     fn pinned_bytes(&self) -> u64 {
         self.inner.pinned_bytes

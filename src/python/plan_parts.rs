@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyType};
 
 use super::errors::{guarded, invalid};
-use super::shape::{to_json, word};
+use super::shape::{fields, to_json, word};
 use crate::split;
 
 /// The model that a plan is for, in a few numbers.
@@ -73,6 +73,12 @@ impl PlannedModel {
     #[getter]
     fn weight_bytes(&self) -> u64 {
         self.inner.weight_bytes
+    }
+
+    /// How positions are rotated, as the fields of a `config.json` say it, where that is known.
+    #[getter]
+    fn rotary<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        fields(py, self.inner.rotary.as_ref())
     }
 
     fn __repr__(&self) -> String {

@@ -6,6 +6,7 @@ use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyType};
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 use super::errors::{guarded, invalid};
 use crate::model;
@@ -13,8 +14,8 @@ use crate::model;
 /// The name that serde gives a value without fields.
 pub(super) fn word<T: Serialize>(value: &T) -> String {
     match serde_json::to_value(value) {
-        Ok(serde_json::Value::String(text)) => text,
-        Ok(serde_json::Value::Object(fields)) => fields.keys().next().cloned().unwrap_or_default(),
+        Ok(Value::String(text)) => text,
+        Ok(Value::Object(fields)) => fields.keys().next().cloned().unwrap_or_default(),
         _ => String::new(),
     }
 }
@@ -39,7 +40,7 @@ pub(super) fn dumps(value: &Bound<'_, PyAny>, argument: &str) -> PyResult<String
     }
 }
 
-fn parse(py: Python<'_>, text: &str, argument: &str) -> PyResult<serde_json::Value> {
+fn parse(py: Python<'_>, text: &str, argument: &str) -> PyResult<Value> {
     serde_json::from_str(text)
         .map_err(|error| invalid(py, argument, format!("broken JSON: {error}"), "a JSON object"))
 }
@@ -187,6 +188,12 @@ impl ModelShape {
         self.inner.dimensions.tied_embeddings
     }
 
+    /// How positions are rotated, as the fields of a `config.json` say it, where that is known.
+    #[getter]
+    fn rotary<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        fields(py, self.inner.dimensions.rotary.as_ref())
+    }
+
     /// Bytes of all tensors, each once.
     #[getter]
     fn total_bytes(&self) -> u128 {
@@ -235,6 +242,14 @@ impl ModelShape {
             self.total_bytes(),
         )
     }
+}
+
+/// A JSON object as a dict.
+pub(super) fn fields<'py>(
+    py: Python<'py>,
+    fields: Option<&Map<String, Value>>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    fields.map(|fields| loads(py, &to_json(py, fields)?)).transpose()
 }
 
 pub(super) fn to_json<T: Serialize>(py: Python<'_>, value: &T) -> PyResult<String> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::activations::STAGING_BYTES;
 use super::workload::{Basis, Holdings, Workload};
 use super::{Item, RankBudget, RankPlan};
 
@@ -12,6 +13,14 @@ pub(crate) fn portion(bytes: u64, count: u64, total: u64) -> u64 {
     }
     let exact = (u128::from(bytes) * u128::from(count)).div_ceil(u128::from(total));
     u64::try_from(exact).unwrap_or(u64::MAX)
+}
+
+/// Buffers in host memory for gathered tensors: one is read while the next is written.
+const BUFFERS: u64 = 2;
+
+/// Bytes of pinned host memory of a run over `ranks` ranks whose buffers are of `buffer_bytes` each.
+pub(crate) fn pinned(buffer_bytes: u64, ranks: u64) -> u64 {
+    buffer_bytes.saturating_mul(BUFFERS).saturating_add(ranks.saturating_mul(STAGING_BYTES))
 }
 
 /// What a rank with these holdings takes, item by item, and what a decode step reads of it.

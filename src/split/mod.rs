@@ -17,6 +17,7 @@ pub use apportion::integer_split;
 pub use derive::follow;
 pub use intervals::{Share, Split};
 pub use memory::account;
+pub(crate) use memory::pinned;
 pub use options::{CacheType, Context, ExpertSplit, ExplicitShares, GIB, MIB, Options, RankBudget, Strategy};
 pub use plan::{Item, PLAN_VERSION, Plan, PlannedModel, RankPlan, Shortfall, Splits, StepTime};
 pub use planner::{DEFAULT_CONTEXT, Subject, plan};

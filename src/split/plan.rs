@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::{CacheType, Split, Strategy};
 
@@ -155,6 +156,9 @@ pub struct PlannedModel {
     pub vocabulary: u64,
     /// Bytes of all weights, each tensor once.
     pub weight_bytes: u64,
+    /// How positions are rotated, as the fields of a transformers `config.json` say it, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotary: Option<Map<String, Value>>,
 }
 
 /// A plan: who holds what, and what it takes.
@@ -182,7 +186,9 @@ pub struct Plan {
     pub step_time: StepTime,
     /// Whether the speeds were known, in GB/s or in proportion; if not they count as equal.
     pub speeds_known: bool,
-    /// Bytes of pinned host memory that the communicator takes.
+    /// Bytes of each of the two buffers in host memory that gathered tensors go to.
+    pub buffer_bytes: u64,
+    /// Bytes of pinned host memory: both buffers, and what ranks stage messages through. 0 where one rank holds all.
     pub pinned_bytes: u64,
     /// Whether every rank stays within its budget.
     pub fits: bool,

@@ -89,6 +89,7 @@ impl Planner<'_> {
             step_time: self.step_time(&workload, &splits),
             speeds_known: self.budgets.iter().all(|budget| budget.speed.is_some()),
             splits,
+            buffer_bytes: workload.buffer_bytes,
             pinned_bytes: if ranks.iter().filter(|rank| rank.total > 0).count() > 1 {
                 workload.pinned_bytes
             } else {

@@ -74,6 +74,7 @@ fn dimensions(g: Geometry, layers: usize, quantization: Quantization) -> Dimensi
         element_bytes: 2,
         layers: vec![Layer { mixer, mlp: Mlp::Dense { width: g.width } }; layers],
         quantization,
+        rotary: None,
     }
 }
 
