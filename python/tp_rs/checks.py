@@ -20,7 +20,7 @@ __all__ = ["described", "first", "invalid", "same_model", "whole"]
 def described(argument: str, tensor: object) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of a tensor that has a last dimension."""
     shape, dtype = getattr(tensor, "shape", None), getattr(tensor, "dtype", None)
-    if shape is None or not hasattr(dtype, "itemsize") or not hasattr(tensor, "data_ptr"):
+    if shape is None or dtype is None or not hasattr(dtype, "itemsize") or not hasattr(tensor, "data_ptr"):
         raise invalid(argument, f"a {type(tensor).__name__}", "a torch tensor")
     if not len(shape):
         raise invalid(

@@ -28,6 +28,12 @@ LLAMA: dict[str, Any] = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-architectures", action="store_true", help="every architecture with a plan, not a third of them"
+    )
+
+
 @pytest.fixture
 def config() -> dict[str, Any]:
     return dict(LLAMA)

@@ -6,14 +6,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5.17")
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--all-architectures", action="store_true", help="every architecture with a plan, not a third of them"
-    )
+import torch
+import transformers
 
 
 @pytest.fixture(autouse=True, scope="session")
