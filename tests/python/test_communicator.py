@@ -2,61 +2,16 @@
 
 from __future__ import annotations
 
-import _thread
 import random
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
 import tp_rs
+from tensors import BYTES, FLOATS, assert_sum, in_threads, raw, split_of, values, widths_for
 
-torch: Any = pytest.importorskip("torch")
-
-FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
-BYTES = [torch.int8, torch.uint8]
-RANKS = [1, 2, 3, 4]
-
-
-def values(shape: tuple[int, ...], dtype: Any) -> Any:
-    if dtype in BYTES:
-        return torch.randint(0, 100, shape).to(dtype)
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-def raw(tensor: Any) -> Any:
-    """Bits, so that comparing works for every type."""
-    return tensor.contiguous().view(torch.uint8)
-
-
-def assert_sum(got: Any, parts: list[Any]) -> None:
-    """The sum in rank order with float32 between (float64 for float64), rounded once."""
-    wide = torch.float64 if got.dtype == torch.float64 else torch.float32
-    total = parts[0].to(wide)
-    for part in parts[1:]:
-        total = total + part.to(wide)
-    assert torch.equal(raw(got), raw(total.to(got.dtype)))
-    exact = sum(part.double() for part in parts)
-    torch.testing.assert_close(got.double(), exact.to(got.dtype).double(), rtol=0.13, atol=0.3)
-
-
-def split_of(widths: list[int]) -> list[tuple[int, int, int]]:
-    split, start = [], 0
-    for rank, width in enumerate(widths):
-        if width:
-            split.append((rank, start, start + width))
-        start += width
-    return split
-
-
-def widths_for(ranks: int) -> list[int]:
-    widths = [random.randint(0, 5) for _ in range(ranks)]
-    widths[random.randrange(ranks)] += 1
-    return widths
+RANKS = list(range(1, 9))
 
 
 @pytest.fixture(params=RANKS)
@@ -67,15 +22,6 @@ def ranks(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def comm(ranks: int) -> Any:
     return tp_rs.Communicator(["cpu"] * ranks, timeout=20)
-
-
-def in_threads(comm: Any, ranks: int, work: Any) -> list[Any]:
-    def delayed(rank: int) -> Any:
-        time.sleep(random.random() * 0.01)
-        return work(comm.rank(rank))
-
-    with ThreadPoolExecutor(ranks) as pool:
-        return list(pool.map(delayed, range(ranks)))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -192,7 +138,7 @@ def test_ranks_without_a_part_take_none() -> None:
     in_threads(comm, 3, receive)
 
 
-class Subclass(torch.Tensor):  # type: ignore[misc]
+class Subclass(torch.Tensor):
     pass
 
 
@@ -307,73 +253,3 @@ def test_devices_may_be_torchs() -> None:
     for rank in (2, -1):
         with pytest.raises(tp_rs.InvalidInput, match="0 to 1"):
             comm.rank(rank)
-
-
-def test_a_rank_that_never_comes_is_named() -> None:
-    comm = tp_rs.Communicator(["cpu"] * 3, timeout=0.2)
-
-    def work(view: Any) -> Any:
-        if view.rank == 1:
-            return None
-        with pytest.raises((tp_rs.CollectiveTimeout, tp_rs.TPError)) as caught:
-            view.all_reduce(torch.ones(3))
-        return caught.value
-
-    errors = [error for error in in_threads(comm, 3, work) if error is not None]
-    assert [error.missing for error in errors if isinstance(error, tp_rs.CollectiveTimeout)] == [(1,)] * 2
-    with pytest.raises(tp_rs.TPError, match="stopped"):
-        comm.check()
-    with pytest.raises(tp_rs.TPError, match="stopped"):
-        comm.all_reduce([torch.ones(1)] * 3)
-
-
-def test_abort_wakes_who_waits() -> None:
-    comm = tp_rs.Communicator(["cpu"] * 2, timeout=60)
-    threading.Timer(0.1, comm.abort, ["enough"]).start()
-    begin = time.monotonic()
-    with pytest.raises(tp_rs.TPError, match="enough"):
-        comm.rank(0).barrier()
-    assert time.monotonic() - begin < 10
-
-
-def test_another_thread_runs_while_a_rank_waits() -> None:
-    comm = tp_rs.Communicator(["cpu"] * 2, timeout=20)
-    waiting = threading.Thread(target=comm.rank(0).barrier)
-    waiting.start()
-    # Would never be reached if the wait kept the interpreter.
-    comm.rank(1).barrier()
-    waiting.join()
-
-
-def test_ctrl_c_ends_a_wait() -> None:
-    comm = tp_rs.Communicator(["cpu"] * 2, timeout=30)
-    threading.Timer(0.2, _thread.interrupt_main).start()
-    begin = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        comm.rank(0).barrier()
-    assert time.monotonic() - begin < 10
-    with pytest.raises(tp_rs.TPError, match="KeyboardInterrupt"):
-        comm.check()
-
-
-def test_lists_may_change_during_a_call() -> None:
-    comm = tp_rs.Communicator(["cpu"] * 2)
-    lists = [[torch.ones(100_000), torch.ones(100_000)] for _ in range(50)]
-    stop = threading.Event()
-
-    def clear() -> None:
-        while not stop.is_set():
-            for tensors in lists:
-                tensors[:] = [torch.zeros(100_000), torch.zeros(100_000)]
-
-    other = threading.Thread(target=clear)
-    other.start()
-    for tensors in lists * 4:
-        comm.all_reduce(tensors)
-    stop.set()
-    other.join()
-
-
-def test_the_package_imports_without_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import tp_rs; tp_rs.Communicator(['cpu'])"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
