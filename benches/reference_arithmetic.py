@@ -12,9 +12,12 @@ import sys
 import timeit
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tp_rs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "configs"
 BUDGETS = [24.0, 12.0, 8.0, 16.0, 24.0, 10.0, 11.0, 12.0, 6.0, 24.0, 16.0, 8.0, 12.0, 20.0, 16.0, 10.0]
@@ -62,7 +65,7 @@ def row(name: str, ranks: int) -> str:
     shape = tp_rs.ModelShape.from_config(config)
     attention = sum(tensor.bytes for tensor in shape.tensors if tensor.role.startswith("attention"))
     budgets = [gib * (4 if name == "llama-3-70b" else 1) for gib in BUDGETS[:ranks]]
-    calls = [
+    calls: list[Callable[[], object]] = [
         partial(splits, config, budgets, attention // config["num_hidden_layers"]),
         partial(tp_rs.plan, shape, budgets, context=CONTEXT, strategy="exllamav2"),
         partial(tp_rs.plan, shape, budgets, context=CONTEXT),

@@ -4,61 +4,19 @@
 // Helpers of tests are tests, but clippy.toml's exceptions do not reach them.
 #![allow(clippy::panic, clippy::unwrap_used)]
 
+#[path = "common/memory.rs"]
+mod memory;
 #[path = "../src/model/gguf/tests/writer.rs"]
 #[allow(dead_code)]
 mod writer;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::path::Path;
 
+use memory::measured;
 use proptest::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use tp_rs::model::{RawTensor, checkpoint, gguf, index, safetensors as reader};
 use writer::{Writer, array, text};
-
-/// Counts what a thread holds, and the most that it held.
-struct Counting;
-
-thread_local! {
-    static HELD: Cell<i64> = const { Cell::new(0) };
-    static PEAK: Cell<i64> = const { Cell::new(0) };
-}
-
-fn count(bytes: i64) {
-    // A thread that ends has no counters any more.
-    let _ = HELD.try_with(|held| {
-        held.set(held.get() + bytes);
-        let _ = PEAK.try_with(|peak| peak.set(peak.get().max(held.get())));
-    });
-}
-
-// SAFETY: every call goes to the system's allocator unchanged; counting neither allocates nor unwinds.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size().try_into().unwrap_or(i64::MAX));
-        // SAFETY: the caller keeps the contract.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        count(-layout.size().try_into().unwrap_or(i64::MAX));
-        // SAFETY: the caller keeps the contract.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-    // `realloc` stays the default one, which holds the old and the new block at once: the worst case.
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// What `work` gives, and the most bytes that it held at once.
-fn measured<T>(work: impl FnOnce() -> T) -> (T, u64) {
-    let before = HELD.get();
-    PEAK.set(before);
-    let result = work();
-    (result, u64::try_from(PEAK.get() - before).unwrap())
-}
 
 const PATH: &str = "folder/the file";
 const FLOOR: u64 = 1 << 20;
@@ -326,85 +284,6 @@ proptest! {
     fn bytes_that_are_no_file(bytes in prop::collection::vec(any::<u8>(), 0..200), magic in any::<bool>()) {
         check_safetensors(&bytes);
         check_gguf(&if magic { [b"GGUF\x03\0\0\0", &bytes[..]].concat() } else { bytes });
-    }
-}
-
-/// The shortest file in which a header is not refused for its memory. `read` is given the bytes of the tensors.
-fn shortest(read: impl Fn(u64) -> Option<String>) -> u64 {
-    let refused = |data_len: u64| read(data_len).is_some_and(|text| text.contains("bytes of memory"));
-    let (mut short, mut long) = (0_u64, 1 << 30);
-    assert!(refused(short), "{:?}", read(short));
-    assert!(!refused(long), "{:?}", read(long));
-    while long - short > 1 {
-        let middle = u64::midpoint(short, long);
-        if refused(middle) {
-            short = middle;
-        } else {
-            long = middle;
-        }
-    }
-    assert_eq!(read(long), None, "a header is read as soon as its memory is allowed");
-    long
-}
-
-/// Reading takes what the file has, never more, and is not refused long before that.
-fn assert_tight(peak: u64, length: u64) {
-    assert!(peak <= length, "{peak} bytes for a file of {length}");
-    assert!(peak > length / 4, "{peak} bytes are allowed only for a file of {length}");
-}
-
-#[test]
-fn tensors_of_safetensors_take_no_more_than_the_file() {
-    let names: [fn(usize) -> String; 3] = [
-        |number| number.to_string(),
-        |number| format!("\\u0061{number}"),
-        |number| number.to_string().repeat(30),
-    ];
-    // Tables double at powers of two: just before and just behind one.
-    for (name, count) in names.iter().flat_map(|name| [3_580, 3_600].map(|count| (name, count))) {
-        let empty = |number| {
-            let name = name(number);
-            format!(",\"{name}\":{{\"dtype\":\"U8\",\"shape\":[0,1,1,1],\"data_offsets\":[0,0]}}")
-        };
-        let empty: String = (0..count).map(empty).collect();
-        let parse = |data_len: u64| {
-            let header = format!(
-                "{{\"z\":{{\"dtype\":\"U8\",\"shape\":[{data_len}],\"data_offsets\":[0,{data_len}]}}{empty}}}"
-            );
-            let (result, peak) = measured(|| reader::parse(header.as_bytes(), data_len, Path::new(PATH)));
-            (result.err().map(|error| error.to_string()), header.len() as u64, peak)
-        };
-        let data_len = shortest(|data_len| parse(data_len).0);
-        let (_, header, peak) = parse(data_len);
-        assert_tight(header + peak, 8 + header + data_len);
-    }
-}
-
-#[test]
-fn gguf_files_take_no_more_than_they_are_long() {
-    let infos = |count: u32| {
-        (0..count)
-            .fold(Writer::new(), |writer, number| writer.tensor(&number.to_string(), &[256, 1, 1, 0], 16, 0))
-    };
-    let keys =
-        (0..6_000_u32).fold(Writer::new(), |writer, number| writer.entry(&number.to_string(), 0, &[1]));
-    let arrays = array(0, 4000, &[1; 4000]);
-    let arrays = (0..50).fold(Writer::new(), |writer, number| writer.entry(&number.to_string(), 9, &arrays));
-    let invalid = [&(1_u64 << 20).to_le_bytes()[..], &vec![0xff; 1 << 20]].concat();
-    let invalid = Writer::new().entry("a", 8, &invalid);
-    for writer in [infos(4_000), infos(4_100), keys, arrays, invalid] {
-        let read = |data_len: u64| {
-            let bytes = writer.clone().info("z", &[data_len], 24, 0).bytes();
-            let length = (bytes.len() as u64).next_multiple_of(32) + data_len;
-            let (result, peak) = measured(|| {
-                let buffered = std::io::BufReader::with_capacity(64 << 10, &bytes[..]);
-                gguf::read_from(buffered, length, Path::new(PATH))
-            });
-            (result.err().map(|error| error.to_string()), length, peak)
-        };
-        let data_len = shortest(|data_len| read(data_len).0);
-        let (_, length, peak) = read(data_len);
-        assert_tight(peak, length);
     }
 }
 

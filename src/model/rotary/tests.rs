@@ -83,8 +83,14 @@ fn metadata_is_told_in_the_words_of_a_configuration() {
         assert_eq!(told(unknown), None, "{unknown:?}");
     }
     // llama.cpp's own base where the file has none; nothing where it speaks of no rotation.
-    assert_eq!(of_gguf("llama", &[columns.clone()], &[]), Some(json!({"rope_theta": 1e4, "head_dim": 32})));
-    assert_eq!(of_gguf("llama", &[base.clone()], &[]), Some(json!({"rope_theta": 5e5, "head_dim": 64})));
+    assert_eq!(
+        of_gguf("llama", std::slice::from_ref(&columns), &[]),
+        Some(json!({"rope_theta": 1e4, "head_dim": 32}))
+    );
+    assert_eq!(
+        of_gguf("llama", std::slice::from_ref(&base), &[]),
+        Some(json!({"rope_theta": 5e5, "head_dim": 64}))
+    );
     assert_eq!(of_gguf("gpt2", &[], &[]), None);
     assert_eq!(of_gguf("llama", &[columns, base.clone()], &["rope_freqs.weight"]), None);
     let two = json!({"rope_theta": 5e5, "head_dim": 64, "rope_local_base_freq": 1e4});
