@@ -1,6 +1,5 @@
 //! The communicator and its list calls.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +18,8 @@ pub type Poll = Arc<dyn Fn() -> Result<()> + Send + Sync>;
 
 /// More ranks than any machine has devices.
 const MOST_RANKS: usize = 64;
+/// What a list call without streams goes to.
+const DEFAULT_STREAMS: [Stream; MOST_RANKS] = [Stream(0); MOST_RANKS];
 
 /// How a [`Communicator`] waits and works.
 #[derive(Clone)]
@@ -369,13 +370,13 @@ impl Communicator {
         let streams = self.one_a_rank(streams)?;
         check::together(operation, pairs, &self.devices)?;
         // SAFETY: the caller's promise is passed on, and the operation was checked.
-        unsafe { self.backend.list(operation, pairs, &streams) }
+        unsafe { self.backend.list(operation, pairs, streams) }
     }
 
-    fn one_a_rank<'a>(&self, streams: &'a [Stream]) -> Result<Cow<'a, [Stream]>> {
+    fn one_a_rank<'a>(&self, streams: &'a [Stream]) -> Result<&'a [Stream]> {
         match streams.len() {
-            0 => Ok(Cow::Owned(vec![Stream::default(); self.devices.len()])),
-            count if count == self.devices.len() => Ok(Cow::Borrowed(streams)),
+            0 => Ok(DEFAULT_STREAMS.get(..self.devices.len()).unwrap_or_default()),
+            count if count == self.devices.len() => Ok(streams),
             count => {
                 let wanted = format!("{}, one a rank, or none", self.devices.len());
                 Err(Error::invalid("streams", format!("{count} streams"), wanted))

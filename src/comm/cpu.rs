@@ -60,6 +60,12 @@ impl Backend for Cpu {
     unsafe fn list(&self, operation: &Operation<'_>, pairs: &[Pair], _streams: &[Stream]) -> Result<()> {
         let jobs = jobs(operation, pairs);
         let parts = (bytes(&jobs) / BYTES_A_THREAD).clamp(1, self.threads.max(1));
+        if parts == 1 {
+            // Small messages do not pay for a scope that nobody joins.
+            // SAFETY: the caller's promise is passed on.
+            unsafe { run(&jobs, 0, 1) };
+            return Ok(());
+        }
         std::thread::scope(|scope| {
             let jobs = &jobs;
             let mut left_to_us = vec![0];

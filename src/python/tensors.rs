@@ -1,5 +1,7 @@
 //! From Python tensors to the communicator's views of memory.
 
+use std::borrow::Cow;
+
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString, PyTuple};
@@ -48,8 +50,9 @@ pub(super) fn one_or_none(tensor: &Bound<'_, PyAny>, argument: impl Fn() -> Stri
 /// the communicator does not know, or elements that do not lie side by side.
 pub(super) fn one(tensor: &Bound<'_, PyAny>, argument: impl Fn() -> String) -> PyResult<Tensor> {
     let refused = |got: String, wanted: &str| invalid(tensor.py(), argument(), got, wanted);
-    let described = match dlpack::view(tensor) {
-        Ok(Some(view)) => from_view(&view),
+    let view = dlpack::view(tensor);
+    let described = match &view {
+        Ok(Some(view)) => from_view(view),
         Ok(None) => from_attributes(tensor),
         // The reason is in C++ words and may hold a whole stack; what the tensor is says more.
         Err(_) => None,
@@ -65,8 +68,9 @@ pub(super) fn one(tensor: &Bound<'_, PyAny>, argument: impl Fn() -> String) -> P
         return Err(refused(shown(tensor), "a tensor on \"cpu\" or \"cuda:N\""));
     };
     let Some(rows) = Rows::of(&described.shape, &described.strides) else {
-        let strides = &described.strides;
-        let got = format!("{} with strides {strides:?}", shown(tensor));
+        // Before `shown`, which runs Python: shape and strides may be gone after that.
+        let strides = format!("{:?}", described.strides);
+        let got = format!("{} with strides {strides}", shown(tensor));
         return Err(refused(got, "rows of adjacent elements at even distances: make the tensor contiguous"));
     };
     if rows.count > 0 && rows.columns > 0 {
@@ -90,29 +94,32 @@ pub(super) fn one(tensor: &Bound<'_, PyAny>, argument: impl Fn() -> String) -> P
     })
 }
 
-struct Described {
+/// Borrowed where the tensor's own memory can be read: a list call reads every tensor anew, and small messages take
+/// no longer than a few allocations.
+struct Described<'a> {
     data: usize,
     device: Option<Device>,
     dtype: Option<DType>,
-    shape: Vec<i64>,
-    strides: Vec<i64>,
+    shape: Cow<'a, [i64]>,
+    strides: Cow<'a, [i64]>,
 }
 
-fn from_view(view: &DlTensor) -> Option<Described> {
+fn from_view(view: &DlTensor) -> Option<Described<'_>> {
     let dimensions = usize::try_from(view.dimensions).ok()?;
-    let numbers = |pointer: *const i64| -> Option<Vec<i64>> {
+    let numbers = |pointer: *const i64| -> Option<Cow<'_, [i64]>> {
         if dimensions == 0 {
-            return Some(Vec::new());
+            return Some(Cow::Borrowed(&[]));
         }
         if pointer.is_null() {
             return None;
         }
-        // SAFETY: by the header, shape and strides have one number a dimension, and nothing has run since the view
-        // was made that could have changed the tensor.
-        Some(unsafe { std::slice::from_raw_parts(pointer, dimensions) }.to_vec())
+        // SAFETY: by the header, shape and strides have one number a dimension. They stay until the tensor changes,
+        // for which Python would have to run, and `one` is done with them before it does.
+        Some(Cow::Borrowed(unsafe { std::slice::from_raw_parts(pointer, dimensions) }))
     };
     let shape = numbers(view.shape)?;
-    let strides = if view.strides.is_null() { dense_strides(&shape)? } else { numbers(view.strides)? };
+    let strides =
+        if view.strides.is_null() { Cow::Owned(dense_strides(&shape)?) } else { numbers(view.strides)? };
     let device = match view.device.kind {
         CPU | CUDA_HOST => Some(Device::Cpu),
         CUDA => u32::try_from(view.device.index).ok().map(Device::Cuda),
@@ -134,7 +141,7 @@ fn from_view(view: &DlTensor) -> Option<Described> {
     Some(Described { data, device, dtype, shape, strides })
 }
 
-fn from_attributes(tensor: &Bound<'_, PyAny>) -> Option<Described> {
+fn from_attributes(tensor: &Bound<'_, PyAny>) -> Option<Described<'static>> {
     let py = tensor.py();
     let get = |name| tensor.getattr(name).ok();
     let layout = get(intern!(py, "layout"))?.str().ok()?;
@@ -151,8 +158,8 @@ fn from_attributes(tensor: &Bound<'_, PyAny>) -> Option<Described> {
     };
     let dtype = get(intern!(py, "dtype"))?.str().ok()?.to_string();
     let dtype = dtype.strip_prefix("torch.").and_then(DType::from_name);
-    let shape = get(intern!(py, "shape"))?.extract().ok()?;
-    let strides = tensor.call_method0(intern!(py, "stride")).ok()?.extract().ok()?;
+    let shape = Cow::Owned(get(intern!(py, "shape"))?.extract().ok()?);
+    let strides = Cow::Owned(tensor.call_method0(intern!(py, "stride")).ok()?.extract().ok()?);
     let data = tensor.call_method0(intern!(py, "data_ptr")).ok()?.extract().ok()?;
     Some(Described { data, device, dtype, shape, strides })
 }
