@@ -32,7 +32,7 @@ export UV_PYTHON_DOWNLOADS := never
 # A virtual environment that is active in the caller's shell is none of this one's business.
 unexport VIRTUAL_ENV CONDA_PREFIX
 
-.PHONY: help run test lint types deny doc test-rust test-python test-architectures wheel bench fuzz fmt lock clean
+.PHONY: help run test lint types deny doc kernels ptx test-rust test-python test-architectures wheel bench fuzz fmt lock clean
 
 help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,7 +45,7 @@ run: .venv/.installed $(DEMO) ## Set everything up and run a small real model ov
 	@$(BIN)/tp-rs run $(DEMO) --devices cpu,cpu,cpu --gpu-split 0.35,0.2,0.06 $(REST)
 	@echo; echo 'Over 2 ranks (KV heads 2+1) and over 3 (2+1+0): the same tokens as the unsharded model.'
 
-test: lint types deny doc test-rust test-python ## Set everything up and check all that CI checks
+test: lint types deny doc kernels test-rust test-python ## Set everything up and check all that CI checks
 
 lint: .venv/.requirements ## Formatters and linters of Rust and Python
 	cargo fmt --check
@@ -63,6 +63,13 @@ deny: $(CARGO_DENY) ## Licences, duplicates and sources of the crates
 
 doc: .venv/.requirements ## The crate's documentation, warnings counting as errors
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --features $(FEATURES)
+
+kernels: .venv/.requirements ## The checked-in PTX is what cuda/ gives, and every kind of card can assemble it
+	$(UV) run --quiet --no-project --python $(BIN)/python cuda/build.py --check
+	$(UV) run --quiet --no-project --python $(BIN)/python cuda/assemble.py
+
+ptx: .venv/.requirements ## Make the PTX anew from cuda/
+	$(UV) run --quiet --no-project --python $(BIN)/python cuda/build.py
 
 # Without the feature `python`: a test binary would have to link libpython, which a machine with only Python's
 # interpreter lacks. That room is tested through the wheel.

@@ -307,7 +307,7 @@ class Communicator:
         timeout: float = 30.0,
         *,
         threads: int | None = None,
-        streams: Iterable[object] | None = None,
+        streams: Iterable[object] | Literal["own"] | None = None,
         peers: Literal["proved", "staged"] = "proved",
         pushed_below: int | None = None,
     ) -> Communicator: ...

@@ -9,11 +9,12 @@ import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 from tp_rs import _native, rope
+from tp_rs.buffers import Buffers
 from tp_rs.checks import described, first, invalid, same_model, whole
 from tp_rs.errors import TPError
 from tp_rs.plan import plan as make_plan
 from tp_rs.scratch import Scratch
-from tp_rs.splits import Splits, total
+from tp_rs.splits import total
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +36,7 @@ _CACHES = {
 }
 
 
-class TPContext(Splits):
+class TPContext(Buffers):
     """A model divided over ranks of this process.
 
     Ranks take the place of the reference's device numbers: `all_devs`, `*_split_devs` and the first number of
@@ -55,7 +56,8 @@ class TPContext(Splits):
         num_devices: One past the last of them.
         devices: The device of every rank.
         pinned_temp: Two float16 buffers in host memory, while finalized.
-        streams: A stream's handle a rank, 0 on host memory, while finalized.
+        streams: The handle of a stream a rank that is the context's own, 0 on host memory, while
+            finalized. Work goes there with `streams="own"`.
         ext_tp_context: A number other than 0 while native state lives, else None.
         sin: What `get_sin_cos` made; likewise `cos`.
     """
@@ -72,6 +74,8 @@ class TPContext(Splits):
         context: int | Literal["max"] | None = None,
         timeout: float = 30.0,
         pinned_bytes: int | None = None,
+        streams: Iterable[object] | Literal["own"] | None = None,
+        peers: Literal["proved", "staged"] = "proved",
         rope: Mapping[str, Any] | None = None,
         force: bool = False,
         **options: Any,
@@ -91,6 +95,9 @@ class TPContext(Splits):
             pinned_bytes: Bytes of each of both host buffers; None for the plan's `buffer_bytes`: a chunk of
                 the residual stream or of attention's output in the model's dtype, or one position's logits a
                 sequence in float32.
+            streams: Where work on GPUs is queued: a stream or handle a rank, "own" for the context's own
+                (`streams` then says which), None for the current stream of each rank's device at each call.
+            peers: "staged" sends all data between GPUs through host memory, as if no two had peer access.
             rope: Fields of a config.json that say how positions are rotated, where the model lacks them.
             force: Whether to go on with a plan that does not fit.
             options: More for `tp_rs.plan`: `batch`, `chunk`, `cache`, `strategy`, `splits` and so on.
@@ -115,6 +122,8 @@ class TPContext(Splits):
         self._context = context
         self._timeout = timeout
         self._pinned_bytes = pinned_bytes
+        self._streams = streams
+        self._peers: Literal["proved", "staged"] = peers
         self._rope = None if rope is None else dict(rope)
         self._force = force
         self._options = options
@@ -178,14 +187,19 @@ class TPContext(Splits):
             return
         import torch  # noqa: PLC0415 - the package works without torch until tensors are wanted
 
-        communicator = _native.Communicator(self.devices, self._timeout)
+        communicator = _native.Communicator(
+            self.devices, self._timeout, streams=self._streams, peers=self._peers
+        )
+        pinned = any(device != "cpu" for device in self.devices)
         elements = -(-self._buffer_bytes() // torch.float16.itemsize)
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            self.pinned_temp = [torch.empty(elements, dtype=torch.float16) for _ in range(_BUFFERS)]
+            self.pinned_temp = [
+                torch.empty(elements, dtype=torch.float16, pin_memory=pinned) for _ in range(_BUFFERS)
+            ]
         _log.info("%d host buffers of %d bytes each", _BUFFERS, elements * torch.float16.itemsize)
-        self._scratch = [Scratch() for _ in range(self.num_devices)]
-        self.streams = [0] * self.num_devices
+        self._scratch = [Scratch(device) for device in self.devices[: self.num_devices]]
+        self.streams = communicator.streams[: self.num_devices]
         self._communicator = communicator
         self.ext_tp_context = id(communicator)
         self._unloaded = False
@@ -237,9 +251,15 @@ class TPContext(Splits):
         return outputs
 
     def gather(
-        self, buffer: int, inputs: Sequence[torch.Tensor], broadcast_type: int, dim: int = 1
+        self,
+        buffer: int,
+        inputs: Sequence[torch.Tensor],
+        broadcast_type: int,
+        dim: int = 1,
+        *,
+        non_blocking: bool = False,
     ) -> torch.Tensor:
-        """The parts side by side, in host memory, complete on return.
+        """The parts side by side, in host memory: complete on return, or after `wait_streams`.
 
         The result is a view of `pinned_temp[buffer]`: the next call with that buffer overwrites it.
         """
@@ -247,7 +267,7 @@ class TPContext(Splits):
         split = self.get_split(broadcast_type)
         shape, dtype = first("inputs", inputs)
         target = self._pinned("gather", buffer, (*shape[:-1], total(split) * whole("dim", dim)), dtype)
-        communicator.gather(inputs, split, target, dim=dim)
+        communicator.gather(inputs, split, target, dim=dim, non_blocking=non_blocking)
         return target
 
     def allgather(
@@ -296,28 +316,29 @@ class TPContext(Splits):
         split = self.get_split(broadcast_type)
         self._live("add_residual").add_residual(target, source, split, dim=dim)
 
-    def get_pinned(
-        self, buffer: int, batch_size: int, q_len: int, dim: int, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        """A view `[batch_size, q_len, dim]` of a host buffer's start, float16 unless said otherwise."""
-        self._live("get_pinned", buffer)
+    def wait_streams(self) -> None:
+        """Wait for all work of all ranks. Work on host memory is done when its call returns.
+
+        Raises:
+            CollectiveTimeout: A rank did not come to an operation before.
+            CudaError: A device failed.
+        """
+        self._live("wait_streams").wait()
+
+    def check(self) -> None:
+        """Raise what went wrong in operations so far, without waiting for those that run."""
+        self._live("check").check()
+
+    @property
+    def torch_streams(self) -> list[torch.cuda.Stream | None]:
+        """The context's own streams as torch's, None for ranks on host memory, while finalized."""
+        self._live("torch_streams")
         import torch  # noqa: PLC0415
 
-        return self._pinned("get_pinned", buffer, (batch_size, q_len, dim), dtype or torch.float16)
-
-    def copy_pinned(self, buffer: int, inputs: torch.Tensor) -> torch.Tensor:
-        """Copy a tensor into a host buffer, and return the view of it there, of the same shape and dtype."""
-        self._live("copy_pinned", buffer)
-        shape, dtype = described("inputs", inputs)
-        if inputs.device.type == "meta":
-            raise invalid("inputs", "a tensor on meta", "a tensor that has memory")
-        target = self._pinned("copy_pinned", buffer, shape, dtype)
-        target.copy_(inputs.detach())
-        return target
-
-    def wait_streams(self) -> None:
-        """Wait for all work of all ranks. Work on host memory is done when its call returns."""
-        self._live("wait_streams").check()
+        return [
+            torch.cuda.ExternalStream(handle, device=device) if device != "cpu" else None
+            for handle, device in zip(self.streams or [], self.devices, strict=False)
+        ]
 
     def get_sin_cos(self, dtype: torch.dtype | None = None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Tables of the rotary embedding, `[sets, 1, tokens, columns]` a rank, float16 unless said otherwise.
@@ -353,60 +374,6 @@ class TPContext(Splits):
                 sin[rank], cos[rank] = shared[device]
         self.sin, self.cos = sin, cos
         return sin, cos
-
-    def begin_scratch_alloc_tp(self) -> None:
-        """Start over with every rank's scratch memory; slices given out before may be overwritten."""
-        self._live("begin_scratch_alloc_tp")
-        for scratch in self._scratch:
-            scratch.begin()
-
-    def get_scratch_slice_tp(
-        self, rows: int, dtype: torch.dtype, broadcast_type: int, dim: int = 1
-    ) -> list[torch.Tensor]:
-        """Scratch for each rank's own columns of the split."""
-        return self._slices("get_scratch_slice_tp", rows, dtype, self._widths(broadcast_type, dim))
-
-    def get_scratch_slice_tp_bc(
-        self, rows: int, dtype: torch.dtype, broadcast_type: int, dim: int = 1
-    ) -> list[torch.Tensor]:
-        """Scratch for the columns of all ranks, on each rank of the split."""
-        return self._slices("get_scratch_slice_tp_bc", rows, dtype, self._full_widths(broadcast_type, dim))
-
-    def reserve_scratch(self, scratch: Sequence[int]) -> None:
-        """Leave out that many bytes of each rank's scratch, one entry a rank."""
-        self._live("reserve_scratch")
-        if len(scratch) > self.num_devices:
-            raise invalid("scratch", f"{len(scratch)} entries", f"at most {self.num_devices}, one a rank")
-        for index, size in enumerate(scratch):
-            whole(f"scratch[{index}]", size)
-        for place, size in zip(self._scratch, scratch, strict=False):
-            place.take(size)
-
-    def _slices(
-        self, call: str, rows: int, dtype: torch.dtype, widths: list[tuple[int, int]]
-    ) -> list[torch.Tensor]:
-        self._live(call)
-        whole("rows", rows)
-        taken = [(self._scratch[rank].take(rows * width * dtype.itemsize), width) for rank, width in widths]
-        return [memory.view(dtype).view(rows, width) for memory, width in taken]
-
-    def _pinned(self, call: str, buffer: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        import torch  # noqa: PLC0415
-
-        size = dtype.itemsize
-        for count in shape:
-            whole(f"{call}: shape", count)
-            size *= count
-        memory = self._buffers()[buffer].view(torch.uint8)
-        if size > len(memory):
-            wanted = f"at most {len(memory)}; pass pinned_bytes={size} to TPContext for larger buffers"
-            raise invalid(f"{call}: buffer {buffer}", f"{size} bytes for {list(shape)} of {dtype}", wanted)
-        return memory[:size].view(dtype).view(shape)
-
-    def _buffers(self) -> list[torch.Tensor]:
-        if self.pinned_temp is None:
-            raise TPError("pinned_temp: the context is not finalized; call finalize() first")
-        return self.pinned_temp
 
     def _buffer_bytes(self) -> int:
         if self._pinned_bytes is not None:

@@ -9,14 +9,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Scratch"]
 
-# A line of the cache, and a multiple of every element's size.
-_ALIGNMENT = 64
+# What CUDA allocates by; a multiple of every element's size and of a line of any cache.
+_ALIGNMENT = 256
 
 
 class Scratch:
-    """Scratch of one rank in host memory. It grows to the most taken between two calls of `begin`."""
+    """Scratch of one rank on its device. It grows to the most taken between two calls of `begin`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._memory: torch.Tensor | None = None
         self._taken = 0
         self._most = 0
@@ -36,8 +37,8 @@ class Scratch:
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             if self._memory is None and self._most >= self._taken:
-                self._memory = torch.empty(self._most, dtype=torch.uint8)
+                self._memory = torch.empty(self._most, dtype=torch.uint8, device=self._device)
             if self._memory is None or self._taken > len(self._memory):
                 # Memory of its own for now: slices given out before keep theirs.
-                return torch.empty(size, dtype=torch.uint8)
+                return torch.empty(size, dtype=torch.uint8, device=self._device)
         return self._memory[start : start + size]

@@ -167,7 +167,7 @@ impl Communicator {
     /// As for [`Communicator::check`]; [`Error::Driver`] where a device failed.
     pub fn wait(&self, streams: &[Stream]) -> Result<()> {
         let streams = self.one_a_rank(streams)?;
-        self.backend.wait(&streams)
+        self.backend.wait(streams)
     }
 
     /// Every tensor becomes the sum of all, in place. A rank without a tensor, or with one without elements,

@@ -120,10 +120,12 @@ impl Communicator {
         };
         let pushed_below = pushed_below.map(|bytes| whole(bytes, "pushed_below")).transpose()?;
         let pushed_below = pushed_below.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
-        let streams = Arc::new(Streams::read(streams, parsed.len())?);
+        let own = streams.is_some_and(|streams| streams.extract::<&str>().is_ok_and(|name| name == "own"));
+        let streams = if own { Streams::Current } else { Streams::read(streams, parsed.len())? };
         let options =
             CommOptions { timeout: duration, threads, poll: Some(Arc::new(poll)), peers, pushed_below };
         let inner = guarded(py, || comm::Communicator::new(&parsed, &options))?;
+        let streams = Arc::new(if own { Streams::Fixed(inner.streams()) } else { streams });
         Ok(Self { inner: Arc::new(inner), streams, timeout })
     }
 

@@ -9,9 +9,14 @@ seed that replays the run up to it.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import time
+
+# Streams that share one of the driver's hardware queues (8 if not said otherwise) wait for each other: a rank whose
+# second call stands before another rank's first one would keep it from ever starting.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import torch
 
@@ -20,6 +25,7 @@ import tp_rs
 DEVICE = "cuda:0"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 BATCH = 64
+STREAMS = [torch.cuda.Stream(DEVICE) for _ in range(8)]
 
 
 def check(expected: torch.Tensor, got: torch.Tensor, what: str) -> None:
@@ -47,7 +53,7 @@ class Life:
         self.comm = tp_rs.Communicator(
             [DEVICE] * self.ranks, peers=self.peers, pushed_below=below, timeout=60
         )
-        self.streams = [torch.cuda.Stream(DEVICE) for _ in range(self.ranks)]
+        self.streams = STREAMS[: self.ranks]
 
     def shape(self) -> tuple[int, int]:
         """Mostly small, now and then large."""
@@ -61,7 +67,7 @@ class Life:
         return torch.randn(shape[0], shape[1] + gap, device=DEVICE).to(dtype)[:, : shape[1]]
 
     def batch(self, operations: int) -> None:
-        """Several operations of every rank, each rank in one go, in random order and eager or captured."""
+        """Several operations: list calls, ranks that take turns in random order, or a captured graph a rank."""
         work = [self.operation() for _ in range(operations)]
         torch.cuda.synchronize()
         way = random.choice(["list", "ranks", "graphs"])
@@ -72,13 +78,12 @@ class Life:
                     one["list"]()
         else:
             graphs = []
-            for rank in random.sample(range(self.ranks), self.ranks):
-                graph = torch.cuda.CUDAGraph() if way == "graphs" else None
-                if graph is None:
+            for one in work if way == "ranks" else []:
+                for rank in random.sample(range(self.ranks), self.ranks):
                     with torch.cuda.stream(self.streams[rank]):
-                        for one in work:
-                            one["rank"](rank)
-                    continue
+                        one["rank"](rank)
+            for rank in random.sample(range(self.ranks), self.ranks) if way == "graphs" else []:
+                graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=self.streams[rank]):
                     for one in work:
                         one["rank"](rank)
