@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import time
+from typing import Any, Literal
 
 # Streams that share one of the driver's hardware queues (8 if not said otherwise) wait for each other: a rank whose
 # second call stands before another rank's first one would keep it from ever starting.
@@ -48,7 +49,8 @@ class Life:
 
     def __init__(self) -> None:
         self.ranks = random.randint(1, 8)
-        self.peers = random.choice(["proved", "proved", "proved", "staged"])
+        peers: list[Literal["proved", "staged"]] = ["proved", "proved", "proved", "staged"]
+        self.peers = random.choice(peers)
         below = random.choice([None, 0, 4096, 1 << 20])
         self.comm = tp_rs.Communicator(
             [DEVICE] * self.ranks, peers=self.peers, pushed_below=below, timeout=60
@@ -97,11 +99,11 @@ class Life:
         for one in work:
             one["check"](way)
 
-    def operation(self) -> dict:
+    def operation(self) -> dict[str, Any]:
         """One random operation: how to do it in a list call and by rank, and how to check it."""
         return random.choice([self.all_reduce, self.all_reduce, self.all_gather, self.broadcast])()
 
-    def all_reduce(self) -> dict:
+    def all_reduce(self) -> dict[str, Any]:
         """A sum in place."""
         dtype, shape = random.choice(DTYPES), self.shape()
         tensors = [self.tensor(shape, dtype) for _ in range(self.ranks)]
@@ -118,7 +120,7 @@ class Life:
             "check": verify,
         }
 
-    def all_gather(self) -> dict:
+    def all_gather(self) -> dict[str, Any]:
         """Uneven columns side by side."""
         dtype, (rows, columns) = random.choice(DTYPES), self.shape()
         cuts = sorted(random.randint(0, columns) for _ in range(self.ranks - 1))
@@ -138,7 +140,7 @@ class Life:
             "check": verify,
         }
 
-    def broadcast(self) -> dict:
+    def broadcast(self) -> dict[str, Any]:
         """One rank's tensor to all."""
         dtype, shape = random.choice(DTYPES), self.shape()
         root = random.randrange(self.ranks)

@@ -114,8 +114,9 @@ def decode(
 def _packing(settings: Settings, subject: str) -> Packing:
     """Raises ModelError for the variants that are not read."""
     awq = str(settings["quant_method"]).lower() == "awq"
-    bits = settings.get("bits", settings.get("w_bit", settings.get("wbits")))
-    group = settings.get("group_size", settings.get("q_group_size", 128))
+    # Whatever the file says; both are checked below.
+    bits: Any = settings.get("bits", settings.get("w_bit", settings.get("wbits")))
+    group: Any = settings.get("group_size", settings.get("q_group_size", 128))
     form = str(
         settings.get("version", "gemm") if awq else settings.get("checkpoint_format") or "gptq"
     ).lower()
