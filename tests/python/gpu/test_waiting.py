@@ -213,3 +213,26 @@ def test_waiting_takes_no_longer_than_the_timeout():
         comm.check()
     # A bound on hanging, not on speed.
     assert time.monotonic() - started < 30
+
+
+def test_captures_on_a_stream_of_a_list_call_are_no_run_ahead():
+    comm = make(2, timeout=5)
+    stream = torch.cuda.Stream()
+    tensors = [torch.ones(100, device=DEVICE) for _ in range(2)]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        comm.all_reduce(tensors)
+    torch.cuda.synchronize()
+    graphs = []
+    for rank in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(3):
+                comm.rank(rank).all_reduce(tensors[rank])
+        graphs.append(graph)
+    for graph in graphs:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.replay()
+    torch.cuda.synchronize()
+    comm.check()
+    assert all(torch.equal(tensor.cpu(), torch.full((100,), 16.0)) for tensor in tensors)
