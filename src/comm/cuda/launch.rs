@@ -281,6 +281,7 @@ impl Cuda {
         }
         for queue in &mut locks {
             queue.calls += 1;
+            (queue.alone, queue.marked) = (false, false);
         }
         Ok(())
     }

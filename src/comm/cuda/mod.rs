@@ -46,8 +46,12 @@ pub(crate) struct Cuda {
 /// Where a rank's operations go.
 struct Queue {
     last: Option<CUstream>,
-    /// Operations that were launched by rank calls.
+    /// Operations that were launched, captured ones left out.
     calls: u64,
+    /// Whether the last of them was a rank call, which waits for the other ranks'.
+    alone: bool,
+    /// Whether `moved` marks the end of the last one already.
+    marked: bool,
     /// Copies to and from host memory that the host waited for by their word.
     copies: u32,
     moved: Event,
@@ -104,6 +108,8 @@ impl Cuda {
                 queues.push(Mutex::new(Queue {
                     last: None,
                     calls: 0,
+                    alone: false,
+                    marked: false,
                     copies: 0,
                     moved: Event::new(machine.context())?,
                 }));
@@ -195,11 +201,13 @@ impl Cuda {
         {
             // SAFETY: the caller keeps streams alive until the rank has used another one (see `Stream`).
             unsafe {
-                queue.moved.record(last)?;
+                if !queue.marked {
+                    queue.moved.record(last)?;
+                }
                 queue.moved.hold(stream)?;
             }
         }
-        queue.last = Some(stream);
+        (queue.last, queue.marked) = (Some(stream), false);
         Ok(())
     }
 
@@ -208,11 +216,35 @@ impl Cuda {
         let Some(queue) = self.queues.get(rank) else {
             return Err(Error::invalid("rank", rank, format!("a rank below {}", self.ranks())));
         };
+        if capturing(self.machine(rank)?.context(), stream)? {
+            // What is captured runs whenever and wherever it is replayed.
+            return self.launch(prepared, &[rank], stream);
+        }
+        self.mark_before(rank, stream)?;
         let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
         self.refuse_shared_stream(rank, stream, queue.calls + 1)?;
         self.order(rank, stream, &mut queue)?;
         self.launch(prepared, &[rank], stream)?;
         queue.calls += 1;
+        (queue.alone, queue.marked) = (true, false);
+        Ok(())
+    }
+
+    /// Marks the end of list calls that other ranks made on the stream, before a kernel that waits for those ranks is
+    /// queued behind them. A mark behind that kernel would make a rank that moves to another stream wait for it.
+    fn mark_before(&self, rank: usize, stream: CUstream) -> Result<()> {
+        let seat = self.seats.get(rank);
+        for (other, queue) in self.queues.iter().enumerate() {
+            if other == rank || self.seats.get(other) != seat {
+                continue;
+            }
+            let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+            if queue.last == Some(stream) && !queue.alone && !queue.marked {
+                // SAFETY: the stream is the caller's, of this device and alive.
+                unsafe { queue.moved.record(stream)? };
+                queue.marked = true;
+            }
+        }
         Ok(())
     }
 
@@ -226,7 +258,7 @@ impl Cuda {
             }
             // A rank that is in a call at this moment is not on our thread, so its stream is its own business.
             let Ok(queue) = queue.try_lock() else { continue };
-            if queue.last == Some(stream) && queue.calls == call {
+            if queue.alone && queue.last == Some(stream) && queue.calls == call {
                 let device = self.devices.get(rank).copied().unwrap_or(Device::Cpu);
                 return Err(Error::invalid(
                     format!("stream of rank {rank} on {device}"),

@@ -15,8 +15,8 @@ import sys
 import time
 from typing import Any, Literal
 
-# Streams that share one of the driver's hardware queues (8 if not said otherwise) wait for each other: a rank whose
-# second call stands before another rank's first one would keep it from ever starting.
+# Streams that share one of the driver's hardware queues (8 if not said otherwise) wait for each other: a rank
+# whose second call stands before another rank's first one would keep it from ever starting.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import torch
@@ -69,7 +69,7 @@ class Life:
         return torch.randn(shape[0], shape[1] + gap, device=DEVICE).to(dtype)[:, : shape[1]]
 
     def batch(self, operations: int) -> None:
-        """Several operations: list calls, ranks that take turns in random order, or a captured graph a rank."""
+        """Several operations: list calls, ranks that take turns, or a captured graph a rank."""
         work = [self.operation() for _ in range(operations)]
         torch.cuda.synchronize()
         way = random.choice(["list", "ranks", "graphs"])
@@ -95,7 +95,10 @@ class Life:
                 with torch.cuda.stream(self.streams[rank]):
                     graph.replay()
         torch.cuda.synchronize()
-        self.comm.check()
+        try:
+            self.comm.check()
+        except tp_rs.TPError as error:
+            sys.exit(f"{way}, {self.ranks} ranks, {self.peers}: {error}")
         for one in work:
             one["check"](way)
 

@@ -236,3 +236,18 @@ def test_captures_on_a_stream_of_a_list_call_are_no_run_ahead():
     torch.cuda.synchronize()
     comm.check()
     assert all(torch.equal(tensor.cpu(), torch.full((100,), 16.0)) for tensor in tensors)
+
+
+def test_a_rank_may_leave_the_stream_of_a_list_call_behind_a_kernel_that_waits_for_it():
+    comm = make(2, timeout=5)
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    tensors = [torch.ones(100, device=DEVICE) for _ in range(2)]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(first):
+        comm.all_reduce(tensors)
+        comm.rank(0).all_reduce(tensors[0])
+    with torch.cuda.stream(second):
+        comm.rank(1).all_reduce(tensors[1])
+    torch.cuda.synchronize()
+    comm.check()
+    assert all(torch.equal(tensor.cpu(), torch.full((100,), 4.0)) for tensor in tensors)
