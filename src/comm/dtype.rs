@@ -19,6 +19,12 @@ pub enum DType {
     I8,
     /// Bytes, and any quantised format seen as bytes: moved, never summed.
     U8,
+    /// Signed integers of 32 bits: moved, never summed.
+    I32,
+    /// Signed integers of 64 bits, as indices are: moved, never summed.
+    I64,
+    /// Truth values, a byte each: moved, never summed.
+    Bool,
     /// 4 bits of exponent, 3 of mantissa, no infinities, largest 448.
     F8E4M3,
     /// 5 bits of exponent, 2 of mantissa, infinities, largest 57344.
@@ -27,17 +33,28 @@ pub enum DType {
 
 impl DType {
     /// Every type.
-    pub const ALL: [Self; 8] =
-        [Self::F64, Self::F32, Self::F16, Self::BF16, Self::I8, Self::U8, Self::F8E4M3, Self::F8E5M2];
+    pub const ALL: [Self; 11] = [
+        Self::F64,
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::I8,
+        Self::U8,
+        Self::I32,
+        Self::I64,
+        Self::Bool,
+        Self::F8E4M3,
+        Self::F8E5M2,
+    ];
 
     /// Bytes of one element.
     #[must_use]
     pub const fn size(self) -> usize {
         match self {
-            Self::F64 => 8,
-            Self::F32 => 4,
+            Self::F64 | Self::I64 => 8,
+            Self::F32 | Self::I32 => 4,
             Self::F16 | Self::BF16 => 2,
-            Self::I8 | Self::U8 | Self::F8E4M3 | Self::F8E5M2 => 1,
+            Self::I8 | Self::U8 | Self::Bool | Self::F8E4M3 | Self::F8E5M2 => 1,
         }
     }
 
@@ -51,6 +68,9 @@ impl DType {
             Self::BF16 => "bfloat16",
             Self::I8 => "int8",
             Self::U8 => "uint8",
+            Self::I32 => "int32",
+            Self::I64 => "int64",
+            Self::Bool => "bool",
             Self::F8E4M3 => "float8_e4m3fn",
             Self::F8E5M2 => "float8_e5m2",
         }
@@ -65,7 +85,7 @@ impl DType {
     /// Whether a collective may sum it. Integers would wrap around, so they are only moved.
     #[must_use]
     pub const fn can_sum(self) -> bool {
-        !matches!(self, Self::I8 | Self::U8)
+        !matches!(self, Self::I8 | Self::U8 | Self::I32 | Self::I64 | Self::Bool)
     }
 }
 

@@ -127,11 +127,14 @@ fn from_view(view: &DlTensor) -> Option<Described<'_>> {
     };
     let dtype = match (view.dtype.code, view.dtype.bits, view.dtype.lanes) {
         (0, 8, 1) => Some(DType::I8),
+        (0, 32, 1) => Some(DType::I32),
+        (0, 64, 1) => Some(DType::I64),
         (1, 8, 1) => Some(DType::U8),
         (2, 16, 1) => Some(DType::F16),
         (2, 32, 1) => Some(DType::F32),
         (2, 64, 1) => Some(DType::F64),
         (4, 16, 1) => Some(DType::BF16),
+        (6, 8, 1) => Some(DType::Bool),
         (10, 8, 1) => Some(DType::F8E4M3),
         (12, 8, 1) => Some(DType::F8E5M2),
         _ => None,

@@ -146,7 +146,7 @@ pub(crate) fn encode(dtype: DType, values: &[f64]) -> Vec<u8> {
             DType::BF16 => bf16_from_f32(narrow(value)).to_le_bytes().to_vec(),
             DType::F8E4M3 => vec![e4m3_from_f32(narrow(value))],
             DType::F8E5M2 => vec![e5m2_from_f32(narrow(value))],
-            DType::I8 | DType::U8 => unreachable!(),
+            DType::I8 | DType::U8 | DType::I32 | DType::I64 | DType::Bool => unreachable!(),
         }
     };
     values.iter().flat_map(|value| one(*value)).collect()
@@ -163,7 +163,7 @@ pub(crate) fn decode(dtype: DType, bytes: &[u8]) -> Vec<f64> {
             DType::BF16 => f64::from(bf16_to_f32(pair(bytes))),
             DType::F8E4M3 => f64::from(e4m3_to_f32(bytes[0])),
             DType::F8E5M2 => f64::from(e5m2_to_f32(bytes[0])),
-            DType::I8 | DType::U8 => unreachable!(),
+            DType::I8 | DType::U8 | DType::I32 | DType::I64 | DType::Bool => unreachable!(),
         }
     };
     bytes.chunks(dtype.size()).map(one).collect()
