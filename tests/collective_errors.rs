@@ -249,3 +249,48 @@ fn abort_and_poll_end_waits() {
         assert!(begin.elapsed() < Duration::from_secs(10));
     }
 }
+
+#[test]
+fn after_a_reset_the_ranks_begin_anew() {
+    let comm = communicator(3);
+    // One that can go on is left alone.
+    comm.reset().unwrap();
+    for round in 0..20 {
+        let came = 1 + round % 2;
+        let errors = on_threads(3, |rank| {
+            let mut data = [7.0_f32; 5];
+            if rank < came {
+                // SAFETY: the array outlives the call.
+                return Some(unsafe { comm.rank_all_reduce(rank, &f32s(&mut data, 1), HERE) }.unwrap_err());
+            }
+            if rank == 2 {
+                comm.abort("rank 2 raised");
+            }
+            None
+        });
+        assert_eq!(errors.into_iter().flatten().count(), came);
+        assert_eq!(comm.check().unwrap_err().kind(), Kind::Aborted);
+        comm.reset().unwrap();
+        comm.check().unwrap();
+        // What was posted before is forgotten: another shape fits.
+        let sums = on_threads(3, |rank| {
+            let mut data = [rank as f32; 4];
+            // SAFETY: the array outlives the call.
+            unsafe { comm.rank_all_reduce(rank, &f32s(&mut data, 1), HERE) }.unwrap();
+            data.map(f32::to_bits)
+        });
+        assert_eq!(sums, [[3.0_f32.to_bits(); 4]; 3]);
+    }
+}
+
+#[test]
+fn a_reset_leaves_waits_alone() {
+    let comm = communicator(2);
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| comm.rank_barrier(0, HERE));
+        thread::sleep(Duration::from_millis(20));
+        comm.reset().unwrap();
+        comm.rank_barrier(1, HERE).unwrap();
+        waiting.join().unwrap().unwrap();
+    });
+}

@@ -35,4 +35,7 @@ pub(crate) trait Backend: Send + Sync {
 
     /// Stops the communicator and wakes whoever waits.
     fn stop(&self, reason: String);
+
+    /// Lets the ranks go on after the communicator was stopped, unless one of them is still inside a call.
+    fn reset(&self) -> Result<()>;
 }

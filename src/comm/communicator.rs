@@ -170,6 +170,17 @@ impl Communicator {
         self.backend.wait(streams)
     }
 
+    /// Makes a stopped communicator usable again, once every rank is out of the call that failed. Does nothing
+    /// to one that can go on.
+    ///
+    /// The ranks begin anew: whatever some of them had done of the call in which it stopped is theirs to undo.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] while a rank is inside a call.
+    pub fn reset(&self) -> Result<()> {
+        self.backend.reset()
+    }
+
     /// Every tensor becomes the sum of all, in place. A rank without a tensor, or with one without elements,
     /// takes no part.
     ///

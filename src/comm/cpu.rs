@@ -127,4 +127,8 @@ impl Backend for Cpu {
     fn stop(&self, reason: String) {
         self.meeting.stop(reason);
     }
+
+    fn reset(&self) -> Result<()> {
+        Ok(self.meeting.reset()?)
+    }
 }

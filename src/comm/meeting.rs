@@ -20,8 +20,11 @@ use crate::error::{Error, Result};
 const POLL_EVERY: Duration = Duration::from_millis(50);
 /// Looks before the first yield, where every rank has a core: a few microseconds.
 const SPINS: u32 = 200;
-/// Yields before sleeping.
-const YIELDS: u32 = 50;
+/// Yields before sleeping, where every rank has a core: about the time that a sleeper takes to wake up, a few
+/// times over.
+const YIELDS: u32 = 500;
+/// Yields where ranks that wait take the processor from ranks that work.
+const YIELDS_CROWDED: u32 = 50;
 
 /// What the last one to arrive decides for all.
 pub(crate) enum Decision {
@@ -35,6 +38,7 @@ pub(crate) struct Meeting<T> {
     ranks: usize,
     timeout: Duration,
     spins: u32,
+    yields: u32,
     /// Counts the times that everybody was let go.
     turn: AtomicU64,
     broken: AtomicBool,
@@ -146,11 +150,13 @@ impl<T> Meeting<T> {
             outcome: Outcome::Done,
             failure: None,
         };
+        // Without a core for every rank, spinning keeps the others from coming.
+        let (spins, yields) = if ranks <= cores { (SPINS, YIELDS) } else { (0, YIELDS_CROWDED) };
         Self {
             ranks,
             timeout,
-            // Without a core for every rank, spinning keeps the others from coming.
-            spins: if ranks <= cores { SPINS } else { 0 },
+            spins,
+            yields,
             turn: AtomicU64::new(0),
             broken: AtomicBool::new(false),
             busy: std::iter::repeat_with(|| AtomicBool::new(false)).take(ranks).collect(),
@@ -174,6 +180,24 @@ impl<T> Meeting<T> {
     /// Breaks the meeting and wakes everybody. Work that has begun is still finished.
     pub(crate) fn stop(&self, reason: String) {
         self.fail(&mut self.lock(), Failure::Stopped { reason });
+    }
+
+    /// Lets the ranks meet again after a failure, if none of them is still inside a call.
+    pub(crate) fn reset(&self) -> Result<(), Refusal> {
+        let mut state = self.lock();
+        if state.failure.is_none() {
+            return Ok(());
+        }
+        // Who is marked later finds the failure gone, or waits for the lock.
+        if let Some(rank) = self.busy.iter().position(|busy| busy.load(Ordering::Acquire)) {
+            let got = format!("a call while rank {rank} is still inside another");
+            return Err(Refusal::new("reset", got, "every rank out of its calls"));
+        }
+        state.posted.iter_mut().for_each(|place| *place = None);
+        state.arrived = 0;
+        state.failure = None;
+        self.broken.store(false, Ordering::Release);
+        Ok(())
     }
 
     fn fail(&self, state: &mut State<T>, failure: Failure) {
@@ -268,7 +292,7 @@ impl<T> Meeting<T> {
 
     /// Looks for a while without sleeping. True once everybody was let go.
     fn look(&self, turn: u64, give_up: impl Fn() -> bool) -> bool {
-        for look in 0..self.spins + YIELDS {
+        for look in 0..self.spins + self.yields {
             if self.has_turned(turn) {
                 return true;
             }

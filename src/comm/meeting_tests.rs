@@ -193,3 +193,20 @@ fn a_poll_that_panics_stops_all() {
     assert!(error.to_string().contains("panicked"), "{error}");
     assert!(meeting.meet(1, "barrier", (), |_| unreachable!(), &never).is_err());
 }
+
+#[test]
+fn no_reset_while_a_rank_is_inside() {
+    let meeting: Meeting<()> = Meeting::new(2, 8, PATIENT);
+    let decide = |_: &[&()]| Ok(Decision::Share);
+    thread::scope(|scope| {
+        let other = scope.spawn(|| meeting.meet(0, "test", (), decide, &never).unwrap().unwrap().finish());
+        let shared = meeting.meet(1, "test", (), decide, &never).unwrap().unwrap();
+        meeting.stop("enough".into());
+        let refusal = meeting.reset().unwrap_err();
+        assert!(refusal.got.contains("still inside"), "{refusal:?}");
+        shared.finish().unwrap();
+        other.join().unwrap().unwrap();
+    });
+    meeting.reset().unwrap();
+    meeting.check("test").unwrap();
+}

@@ -11,9 +11,10 @@
 //! is the processor's choice; it, too, is the same on every rank.
 //!
 //! Every wait for other ranks is bounded: see [`CommOptions::timeout`], [`CommOptions::poll`] and
-//! [`Communicator::abort`].
+//! [`Communicator::abort`]. Ranks whose threads share an interpreter take turns with a [`Baton`].
 
 mod backend;
+mod baton;
 mod check;
 mod communicator;
 mod cpu;
@@ -28,6 +29,9 @@ mod sum;
 mod sync;
 mod view;
 
+pub(crate) use baton::LaidDown;
+
+pub use baton::Baton;
 pub use communicator::{CommOptions, Communicator, Peers, Poll};
 pub use dtype::DType;
 pub use view::Tensor;

@@ -1,4 +1,4 @@
-//! `Communicator` and `RankView`.
+//! `Communicator`, and what it shares with `RankView`.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 
 use super::arguments::whole;
 use super::errors::{guarded, invalid, to_python};
+use super::rank_view::{Baton, RankView};
 use super::streams::Streams;
 use super::tensors;
 use crate::comm::{self, CommOptions, Device, Peers, Stream, Tensor};
@@ -33,7 +34,7 @@ fn poll() -> Result<()> {
 }
 
 /// Does `work` with the interpreter released. An exception of a signal handler goes before any error of `work`.
-fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
+pub(super) fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
     let result = guarded(py, work);
     match INTERRUPT.with(RefCell::take) {
         Some(interrupt) => Err(interrupt),
@@ -41,7 +42,7 @@ fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) ->
     }
 }
 
-fn split(value: &Bound<'_, PyAny>, argument: &str) -> PyResult<Split> {
+pub(super) fn split(value: &Bound<'_, PyAny>, argument: &str) -> PyResult<Split> {
     let shares: Vec<(usize, u64, u64)> = value.extract().map_err(|_| {
         let got = value.repr().map_or_else(|_| "something else".to_owned(), |text| text.to_string());
         let wanted = "a list of (rank, start, end), such as [(0, 0, 6), (1, 6, 9)]";
@@ -51,15 +52,15 @@ fn split(value: &Bound<'_, PyAny>, argument: &str) -> PyResult<Split> {
 }
 
 /// Whose columns are which: a split, and the columns of one of its units.
-fn columns(value: &Bound<'_, PyAny>, dim: Option<&Bound<'_, PyAny>>) -> PyResult<(Split, u64)> {
+pub(super) fn columns(value: &Bound<'_, PyAny>, dim: Option<&Bound<'_, PyAny>>) -> PyResult<(Split, u64)> {
     Ok((split(value, "split")?, dim.map_or(Ok(1), |dim| whole(dim, "dim"))?))
 }
 
-fn tensor(value: &Bound<'_, PyAny>, argument: &str) -> PyResult<Tensor> {
+pub(super) fn tensor(value: &Bound<'_, PyAny>, argument: &str) -> PyResult<Tensor> {
     tensors::one(value, || argument.to_owned())
 }
 
-fn tensor_or_none(value: Option<&Bound<'_, PyAny>>, argument: &str) -> PyResult<Tensor> {
+pub(super) fn tensor_or_none(value: Option<&Bound<'_, PyAny>>, argument: &str) -> PyResult<Tensor> {
     match value {
         Some(value) => tensor(value, argument),
         None => Ok(Tensor::dense(0, Device::Cpu, comm::DType::U8, 0, 0)),
@@ -153,12 +154,14 @@ impl Communicator {
         released(py, || self.inner.wait(&streams))
     }
 
-    /// The communicator as rank `rank` sees it, for a thread of its own.
-    fn rank(&self, py: Python<'_>, rank: isize) -> PyResult<RankView> {
+    /// The communicator as rank `rank` sees it, for a thread of its own. `baton` is laid down in every call
+    /// that waits for others.
+    #[pyo3(signature = (rank, *, baton=None))]
+    fn rank(&self, py: Python<'_>, rank: isize, baton: Option<&Baton>) -> PyResult<RankView> {
         let ranks = self.inner.devices().len();
         match usize::try_from(rank) {
             Ok(rank) if rank < ranks => {
-                Ok(RankView { inner: Arc::clone(&self.inner), streams: Arc::clone(&self.streams), rank })
+                Ok(RankView::new(Arc::clone(&self.inner), Arc::clone(&self.streams), rank, baton))
             }
             _ => Err(invalid(py, "rank", rank, format!("0 to {}", ranks - 1))),
         }
@@ -168,6 +171,11 @@ impl Communicator {
     #[pyo3(signature = (reason="abort() was called"))]
     fn abort(&self, py: Python<'_>, reason: &str) {
         py.detach(|| self.inner.abort(reason));
+    }
+
+    /// Makes a stopped communicator usable again, once every rank is out of its calls.
+    fn reset(&self, py: Python<'_>) -> PyResult<()> {
+        guarded(py, || self.inner.reset())
     }
 
     /// Raises `TPError` with the reason once the communicator was stopped.
@@ -289,147 +297,5 @@ impl Communicator {
 
     fn __repr__(&self) -> String {
         format!("Communicator({:?}, timeout={})", self.devices(), self.timeout)
-    }
-}
-
-/// A communicator from one rank's point of view. Every rank makes the same calls, from a thread of its own.
-#[pyclass(module = "tp_rs", frozen)]
-pub(super) struct RankView {
-    inner: Arc<comm::Communicator>,
-    streams: Arc<Streams>,
-    rank: usize,
-}
-
-impl RankView {
-    fn stream(&self, py: Python<'_>) -> PyResult<Stream> {
-        let device = self.inner.devices().get(self.rank).copied().unwrap_or(Device::Cpu);
-        self.streams.of(py, self.rank, device)
-    }
-}
-
-#[pymethods]
-impl RankView {
-    /// The rank.
-    #[getter]
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    /// Its device.
-    #[getter]
-    fn device(&self) -> String {
-        self.inner.devices().get(self.rank).map(ToString::to_string).unwrap_or_default()
-    }
-
-    /// Waits until every rank has come.
-    fn barrier(&self, py: Python<'_>) -> PyResult<()> {
-        let stream = self.stream(py)?;
-        released(py, || self.inner.rank_barrier(self.rank, stream))
-    }
-
-    /// `tensor` becomes the sum of all ranks' tensors, in place. `None` for a rank without a part.
-    #[pyo3(signature = (tensor))]
-    fn all_reduce(&self, py: Python<'_>, tensor: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
-        let tensor = tensor_or_none(tensor, "tensor")?;
-        let stream = self.stream(py)?;
-        // SAFETY: the caller's frame holds the tensor, and the call returns when the work is done.
-        released(py, || unsafe { self.inner.rank_all_reduce(self.rank, &tensor, stream) })
-    }
-
-    /// `tensor` becomes the sum of the other ranks' tensors; this rank adds nothing.
-    fn receive_sum(&self, py: Python<'_>, tensor: &Bound<'_, PyAny>) -> PyResult<()> {
-        let tensor = self::tensor(tensor, "tensor")?;
-        let stream = self.stream(py)?;
-        // SAFETY: as for `all_reduce`.
-        released(py, || unsafe { self.inner.rank_receive_sum(self.rank, &tensor, stream) })
-    }
-
-    /// `tensor` becomes a copy of the one that rank `root` passes.
-    #[pyo3(signature = (tensor, root=0))]
-    fn broadcast(&self, py: Python<'_>, tensor: &Bound<'_, PyAny>, root: usize) -> PyResult<()> {
-        let tensor = self::tensor(tensor, "tensor")?;
-        let stream = self.stream(py)?;
-        // SAFETY: as for `all_reduce`.
-        released(py, || unsafe { self.inner.rank_broadcast(self.rank, root, &tensor, stream) })
-    }
-
-    /// Writes all ranks' parts side by side to the target that rank `root` passes.
-    #[pyo3(signature = (part, split, target=None, *, root=0, dim=None))]
-    fn gather(
-        &self,
-        py: Python<'_>,
-        part: Option<&Bound<'_, PyAny>>,
-        split: &Bound<'_, PyAny>,
-        target: Option<&Bound<'_, PyAny>>,
-        root: usize,
-        dim: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<()> {
-        let part = tensor_or_none(part, "part")?;
-        let (split, dim) = columns(split, dim)?;
-        let target = target.map(|target| tensor(target, "target")).transpose()?;
-        let stream = self.stream(py)?;
-        released(py, || {
-            // SAFETY: as for `all_reduce`.
-            unsafe { self.inner.rank_gather(self.rank, root, &part, &split, dim, target.as_ref(), stream) }
-        })
-    }
-
-    /// Writes all ranks' parts side by side to every rank's `target`.
-    #[pyo3(signature = (part, split, target, *, dim=None))]
-    fn all_gather(
-        &self,
-        py: Python<'_>,
-        part: Option<&Bound<'_, PyAny>>,
-        split: &Bound<'_, PyAny>,
-        target: Option<&Bound<'_, PyAny>>,
-        dim: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<()> {
-        let (part, target) = (tensor_or_none(part, "part")?, tensor_or_none(target, "target")?);
-        let (split, dim) = columns(split, dim)?;
-        let stream = self.stream(py)?;
-        // SAFETY: as for `all_reduce`.
-        released(py, || unsafe { self.inner.rank_all_gather(self.rank, &part, &split, dim, &target, stream) })
-    }
-
-    /// `target` becomes this rank's columns of the sum of all ranks' sources.
-    #[pyo3(signature = (source, target, split, *, dim=None))]
-    fn reduce_scatter(
-        &self,
-        py: Python<'_>,
-        source: Option<&Bound<'_, PyAny>>,
-        target: Option<&Bound<'_, PyAny>>,
-        split: &Bound<'_, PyAny>,
-        dim: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<()> {
-        let (source, target) = (tensor_or_none(source, "source")?, tensor_or_none(target, "target")?);
-        let (split, dim) = columns(split, dim)?;
-        let stream = self.stream(py)?;
-        released(py, || {
-            // SAFETY: as for `all_reduce`.
-            unsafe { self.inner.rank_reduce_scatter(self.rank, &source, &target, &split, dim, stream) }
-        })
-    }
-
-    /// Adds to `target` this rank's columns of `source`. Waits for nobody.
-    #[pyo3(signature = (target, source, split, *, dim=None))]
-    fn add_residual(
-        &self,
-        py: Python<'_>,
-        target: &Bound<'_, PyAny>,
-        source: &Bound<'_, PyAny>,
-        split: &Bound<'_, PyAny>,
-        dim: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<()> {
-        let (target, source) = (tensor(target, "target")?, tensor(source, "source")?);
-        let (split, dim) = columns(split, dim)?;
-        let stream = self.stream(py)?;
-        released(py, || {
-            // SAFETY: as for `all_reduce`.
-            unsafe { self.inner.rank_add_residual(self.rank, &target, &source, &split, dim, stream) }
-        })
-    }
-
-    fn __repr__(&self) -> String {
-        format!("RankView(rank={}, device={:?})", self.rank, self.device())
     }
 }

@@ -9,6 +9,7 @@ mod dlpack;
 mod errors;
 mod plan;
 mod plan_parts;
+mod rank_view;
 mod shape;
 mod streams;
 mod tensors;
@@ -119,7 +120,8 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<plan_parts::RankPlan>()?;
     module.add_class::<plan_parts::Shortfall>()?;
     module.add_class::<plan_parts::StepTime>()?;
+    module.add_class::<rank_view::Baton>()?;
     module.add_class::<communicator::Communicator>()?;
-    module.add_class::<communicator::RankView>()?;
+    module.add_class::<rank_view::RankView>()?;
     Ok(())
 }

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
-BYTES = [torch.int8, torch.uint8]
+MOVED = [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool]
 
 
 def values(shape: tuple[int, ...], dtype: Any) -> Any:
-    if dtype in BYTES:
+    if dtype in MOVED:
         return torch.randint(0, 100, shape).to(dtype)
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tp_rs
 from contexts import SMALL
-from tensors import BYTES, FLOATS, in_threads, raw, values
+from tensors import MOVED, FLOATS, in_threads, raw, values
 from tp_rs import BROADCAST_ID, BROADCAST_KV, BROADCAST_Q, BROADCAST_RS, BROADCAST_VC, TPContext
 
 many = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -55,7 +55,7 @@ def close(got: Any, wanted: Any, parts: list[Any]) -> None:
 
 
 @many
-@given(splits(), SHAPES, st.sampled_from(FLOATS + BYTES), st.booleans(), SEEDS)
+@given(splits(), SHAPES, st.sampled_from(FLOATS + MOVED), st.booleans(), SEEDS)
 def test_gathers_are_concatenations(
     drawn: tuple[Split, int], shape: tuple[int, int], dtype: Any, threads: bool, seed: int
 ) -> None:

@@ -296,6 +296,11 @@ impl Backend for Cuda {
         self.rooms.stop();
     }
 
+    fn reset(&self) -> Result<()> {
+        // Kernels of some ranks may have counted an operation that others have not.
+        self.look("reset")
+    }
+
     fn streams(&self) -> Vec<Stream> {
         self.own.iter().map(|stream| Stream(stream.raw().expose_provenance())).collect()
     }
