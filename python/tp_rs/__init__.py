@@ -27,6 +27,7 @@ from tp_rs._native import (
 from tp_rs._native import __version__ as __version__
 from tp_rs.context import TPContext
 from tp_rs.errors import CollectiveTimeout, CudaError, DoesNotFit, InvalidInput, ModelError, TPError
+from tp_rs.load import load
 from tp_rs.plan import integer_split, plan
 
 BROADCAST_KV: Final = 0
@@ -41,6 +42,7 @@ BROADCAST_Q: Final = 4
 """Query heads."""
 
 __all__ = [
+    "load",
     "plan",
     "integer_split",
     "Plan",

@@ -21,7 +21,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tp_rs.integrations.transformers import selfcheck
 from tp_rs.integrations.transformers.assemble import decide
 from tp_rs.integrations.transformers.checkpoint import open_checkpoint
-from tp_rs.integrations.transformers.collectives import ThreadCollectives
 from tp_rs.integrations.transformers.twin import make_twin
 
 SPLITS = ([2, 1], [3, 0], [2, 1, 0])
@@ -47,7 +46,7 @@ def row(name):
     except Exception as error:  # noqa: BLE001  foreign code, and the reason goes into the table
         return "not tried", "", "", f"no small model of it: {type(error).__name__}"
     try:
-        differences = [selfcheck.compare(model, kv, ThreadCollectives) for kv in SPLITS]
+        differences = [selfcheck.compare(model, kv) for kv in SPLITS]
     except Exception as error:  # noqa: BLE001  as above
         return "refused", "", "", str(error).splitlines()[0][:90]
     splits = selfcheck.uneven(model.config.get_text_config(), [2, 1])

@@ -6,7 +6,6 @@ from architectures import REPRESENTATIVE, planned, small
 from tp_rs.integrations.transformers import selfcheck
 from tp_rs.integrations.transformers.assemble import assemble, decide
 from tp_rs.integrations.transformers.checkpoint import open_checkpoint
-from tp_rs.integrations.transformers.collectives import ThreadCollectives
 from tp_rs.integrations.transformers.twin import make_twin
 
 CANNOT_BUILD = {
@@ -27,7 +26,7 @@ def ranked(model, kv, splits=None, **options):
     splits = splits or selfcheck.uneven(model.config.get_text_config(), kv)
     skeleton, layout = decide(checkpoint, splits, len(kv))
     devices = [torch.device("cpu")] * len(kv)
-    return assemble(checkpoint, skeleton, layout, devices, collectives=ThreadCollectives, **options)
+    return assemble(checkpoint, skeleton, layout, devices, **options)
 
 
 def greedy(model, ids, mask):

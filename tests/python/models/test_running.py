@@ -16,9 +16,8 @@ from test_architectures import ranked
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from tp_rs.errors import CollectiveTimeout, InvalidInput, ModelError, TPError
+from tp_rs.errors import InvalidInput, ModelError, TPError
 from tp_rs.integrations.transformers import Splits, load, selfcheck
-from tp_rs.integrations.transformers.collectives import ThreadCollectives
 from tp_rs.integrations.transformers.twin import make_twin
 
 SPLITS = Splits.of(kv=[2, 1, 0], intermediate=[24, 16, 24], vocabulary=[60, 0, 37], groups=2)
@@ -266,68 +265,6 @@ def test_an_unknown_type_is_tried_first(monkeypatch):
     monkeypatch.undo()
     load(model, plan=SPLITS, check=True).unload()
     assert len(tried) == 1
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_collectives(ranks, dtype):
-    collectives = ThreadCollectives(ranks, timeout=30)
-    parts = [torch.randn(3, rank + 1, dtype=torch.float64).to(dtype) for rank in range(ranks)]
-    terms = [torch.randn(5, 7, dtype=torch.float64).to(dtype) for _ in range(ranks)]
-    sums = [term.clone() for term in terms]
-    out = [None] * ranks
-
-    def work(rank):
-        time.sleep(torch.rand(()).item() / 100)
-        collectives.all_reduce_(rank, sums[rank])
-        collectives.barrier(rank)
-        whole = collectives.all_gather(rank, parts[rank])
-        lead = collectives.all_gather(rank, parts[rank], only=ranks - 1)
-        out[rank] = (whole, lead, collectives.broadcast(rank, terms[rank], ranks - 1))
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    exact = sum(term.double() for term in terms)
-    for rank in range(ranks):
-        assert torch.equal(sums[rank], sums[0])
-        assert (sums[rank].double() - exact).abs().max() <= 8 * torch.finfo(
-            dtype
-        ).eps * exact.abs().max().clamp(min=1)
-        assert torch.equal(out[rank][0], torch.cat(parts, -1))
-        assert (out[rank][1] is None) == (rank != ranks - 1)
-        assert torch.equal(out[rank][2], terms[-1])
-
-
-def test_a_rank_that_never_comes():
-    collectives = ThreadCollectives(3, timeout=0.05)
-    with pytest.raises(CollectiveTimeout, match=r"rank 1 waited 0.05 s in barrier for ranks \[0, 2\]"):
-        collectives.barrier(1)
-    with pytest.raises(TPError, match="the ranks stopped"):
-        collectives.barrier(0)
-
-
-def test_ranks_that_disagree():
-    collectives = ThreadCollectives(2, timeout=5)
-    seen = []
-
-    def work():
-        try:
-            collectives.all_reduce_(0, torch.zeros(2))
-        except TPError as error:
-            seen.append(str(error))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    time.sleep(0.05)
-    with pytest.raises(
-        TPError, match=r"do not agree: rank 0 in all_reduce \(2,\).*; rank 1 in all_reduce \(3,\)"
-    ):
-        collectives.all_reduce_(1, torch.zeros(3))
-    thread.join()
-    assert "do not agree" in seen[0]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

@@ -1,7 +1,6 @@
 """transformers' causal language models over unequal ranks in one process, none of them patched."""
 
-from tp_rs.integrations.transformers.communication import Collectives
 from tp_rs.integrations.transformers.load import load
 from tp_rs.integrations.transformers.splits import Splits, SplitSource
 
-__all__ = ["Collectives", "SplitSource", "Splits", "load"]
+__all__ = ["SplitSource", "Splits", "load"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tp_rs._native import Communicator
 from tp_rs.errors import DoesNotFit
 from tp_rs.integrations.transformers.conversion import Conversion
 from tp_rs.integrations.transformers.execution import Ranks
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tp_rs.integrations.transformers.checkpoint import Checkpoint
-    from tp_rs.integrations.transformers.communication import Collectives
     from tp_rs.integrations.transformers.layout import Layout
     from tp_rs.integrations.transformers.splits import SplitSource
     from tp_rs.integrations.transformers.stub import Returns
 
-__all__ = ["Progress", "assemble", "decide"]
+__all__ = ["TIMEOUT", "Progress", "assemble", "decide"]
+
+TIMEOUT = 600.0
+"""Seconds that a rank waits for the others: they may be in the middle of a long prompt."""
 
 Progress = Callable[[int, int], None]
 """Told of a rank and the bytes that it has read so far, from the threads that read."""
@@ -45,7 +48,7 @@ def assemble(
     layout: Layout,
     devices: Sequence[torch.device],
     *,
-    collectives: Callable[[int], Collectives],
+    communicator: Communicator | None = None,
     one_router: bool | None = None,
     progress: Progress | None = None,
 ) -> Any:
@@ -56,7 +59,7 @@ def assemble(
         skeleton: Its uncut model on the meta device.
         layout: What the rules decided.
         devices: One a rank.
-        collectives: Makes the communicator.
+        communicator: What the ranks meet through, one of `devices`. None makes one.
         one_router: Whether choices of experts come from rank 0. Left out, where devices differ in kind.
         progress: Told of the bytes read.
 
@@ -78,7 +81,7 @@ def assemble(
             message = f"rank {rank}: {device} ran out of memory while loading; give it a smaller share"
             raise DoesNotFit(message) from error
     with ExitStack() as cleanup:
-        ranks = Ranks(len(devices), collectives)
+        ranks = Ranks(communicator or Communicator(devices, TIMEOUT))
         cleanup.callback(ranks.close)
         returns: Returns = {}
         unlike = len({device.type for device in devices}) > 1 if one_router is None else one_router

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from transformers.cache_utils import Cache
 
 from tp_rs.errors import InvalidInput
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["RankedCache"]
 
@@ -61,27 +59,34 @@ class RankedCache(Cache):
         message = "a ranked cache is filled by its ranks; update one of its `caches`"
         raise InvalidInput(message)
 
+    # The ranks make their tensors in inference mode, and only there may these be changed.
+
+    @torch.inference_mode()
     def reset(self) -> None:
         """Forget all tokens."""
         each: Any
         for each in self.caches:
             each.reset()
 
+    @torch.inference_mode()
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the sequences, for beam search."""
         for cache in self.caches:
             cache.reorder_cache(beam_idx)
 
+    @torch.inference_mode()
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens."""
         for cache in self.caches:
             cache.crop(tokens_to_remove)
 
+    @torch.inference_mode()
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
         for cache in self.caches:
             cache.batch_repeat_interleave(repeats)
 
+    @torch.inference_mode()
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some of the sequences."""
         for cache in self.caches:

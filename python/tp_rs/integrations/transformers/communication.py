@@ -1,96 +1,73 @@
-"""What the ranks of a model need of a communicator, and one rank's end of it."""
+"""One rank's end of the communicator, as its modules use it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from tp_rs.integrations.transformers.layout import width
 
 if TYPE_CHECKING:
-    import threading
+    from tp_rs._native import Baton, Communicator
+    from tp_rs.integrations.transformers.splits import Interval, Split
 
-    import torch
-
-__all__ = ["Collectives", "Link"]
-
-
-class Collectives(Protocol):
-    """Operations at which all ranks of one process meet, each called from its rank's own thread.
-
-    Every call waits until all ranks have come. A rank that fails calls `abort`, which ends the others' waits
-    with an error that carries the reason; after that no call succeeds.
-    """
-
-    def all_reduce_(self, rank: int, tensor: torch.Tensor) -> None:
-        """Sum in place, in rank order: bitwise the same on every rank."""
-
-    def all_gather(self, rank: int, tensor: torch.Tensor, *, only: int | None = None) -> torch.Tensor | None:
-        """The ranks' tensors joined along the last dimension, for every rank or for one (None elsewhere)."""
-
-    def broadcast(self, rank: int, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """The source's tensor, on this rank's device."""
-
-    def barrier(self, rank: int) -> None:
-        """Wait for all."""
-
-    def abort(self, reason: str) -> None:
-        """End all waits, now and from now on."""
+__all__ = ["Link", "side_by_side"]
 
 
 class Link:
-    """One rank's end: who it is, and the baton that it lays down while it waits.
+    """Who the rank is, and its calls that meet the other ranks.
 
-    Only the rank that holds the baton runs Python. Threads that run freely contend for the interpreter at
-    every tensor operation, which costs more than taking turns.
+    Every rank makes the same calls in the same order, from its own thread. The baton is laid down natively
+    while a call waits, and taken again before it returns.
     """
 
-    def __init__(self, rank: int, ranks: int, collectives: Collectives, baton: threading.Lock) -> None:
+    def __init__(self, rank: int, communicator: Communicator, baton: Baton) -> None:
         self.rank = rank
-        self.ranks = ranks
-        self.collectives = collectives
+        self.ranks = len(communicator.devices)
+        self.baton = baton
         self.epoch = 0
-        """Communicators so far. It grows with every failed call."""
-        self._baton = baton
+        """Calls of the model that failed so far."""
+        view = communicator.rank(rank, baton=baton)
+        self._all_reduce = view.all_reduce
+        self._all_gather = view.all_gather
+        self._gather = view.gather
+        self._broadcast = view.broadcast
+        self.barrier = view.barrier
 
-    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum in place and return the tensor; a copy where memory is not contiguous."""
-        tensor = tensor.contiguous()
-        self._baton.release()
-        try:
-            self.collectives.all_reduce_(self.rank, tensor)
-        finally:
-            self._baton.acquire()
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors, in the tensor's own memory where that is contiguous."""
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        self._all_reduce(tensor)
         return tensor
 
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Join along the last dimension, for every rank."""
-        whole = self._gather(tensor, None)
-        if whole is None:
-            message = f"all_gather: rank {self.rank} got nothing"
-            raise RuntimeError(message)
+    def all_gather(self, part: torch.Tensor, split: Split) -> torch.Tensor:
+        """All ranks' parts side by side, for every rank."""
+        whole = part.new_empty(*part.shape[:-1], split[-1][2])
+        self._all_gather(part.contiguous(), split, whole)
         return whole
 
-    def gather(self, tensor: torch.Tensor, only: int) -> torch.Tensor | None:
-        """Join along the last dimension, for one rank."""
-        return self._gather(tensor, only)
+    def gather(self, part: torch.Tensor, split: Split, root: int) -> torch.Tensor | None:
+        """All ranks' parts side by side, for one rank."""
+        whole = part.new_empty(*part.shape[:-1], split[-1][2]) if self.rank == root else None
+        self._gather(part.contiguous(), split, whole, root=root)
+        return whole
 
-    def _gather(self, tensor: torch.Tensor, only: int | None) -> torch.Tensor | None:
-        self._baton.release()
-        try:
-            return self.collectives.all_gather(self.rank, tensor.contiguous(), only=only)
-        finally:
-            self._baton.acquire()
+    def broadcast(self, tensor: torch.Tensor, root: int) -> torch.Tensor:
+        """The root's tensor. What the others pass only tells the shape."""
+        own = tensor.contiguous() if self.rank == root else torch.empty_like(tensor).contiguous()
+        self._broadcast(own, root)
+        return own
 
-    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """The source's tensor."""
-        self._baton.release()
-        try:
-            return self.collectives.broadcast(self.rank, tensor.contiguous(), source)
-        finally:
-            self._baton.acquire()
 
-    def barrier(self) -> None:
-        """Wait for all."""
-        self._baton.release()
-        try:
-            self.collectives.barrier(self.rank)
-        finally:
-            self._baton.acquire()
+def side_by_side(ranks: Sequence[Sequence[Interval]]) -> Split:
+    """The split of a tensor that is put together from what the ranks hold of these intervals."""
+    split, start = [], 0
+    for rank, intervals in enumerate(ranks):
+        end = start + width(intervals)
+        if end > start:
+            split.append((rank, start, end))
+        start = end
+    return split

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
 
-from tp_rs.errors import InvalidInput
+from tp_rs.errors import InvalidInput, TPError
 from tp_rs.integrations.transformers.cache import RankedCache
 from tp_rs.integrations.transformers.stream import stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tp_rs.context import TPContext
     from tp_rs.integrations.transformers.communication import Link
     from tp_rs.integrations.transformers.execution import Ranks
 
@@ -60,7 +62,8 @@ class _Runner:
         self.lead = lead
         self.dtype = models[lead].dtype
         self.plan: Any = None
-        self.context: int | None = None
+        self.context: TPContext | None = None
+        self.limit: int | None = None
         self.tokenizer_source: dict[str, Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Runner:
@@ -77,7 +80,7 @@ class _Runner:
         caches = {name: self.spread(kwargs[name]) for name in _CACHES if isinstance(kwargs.get(name), Cache)}
 
         models = self.models
-        self.ranks.check_open()
+        self.check_loaded()
 
         def job(link: Link) -> Any:
             device = self.devices[link.rank]
@@ -91,7 +94,7 @@ class _Runner:
     def _check_length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        if self.context is None or tokens is None:
+        if self.limit is None or tokens is None:
             return
         cache = kwargs.get("past_key_values")
         past = 0
@@ -99,16 +102,24 @@ class _Runner:
             # A cache without attention layers has no length.
             with suppress(ValueError):
                 past = int(cache.get_seq_length())
-        if past + tokens.shape[1] > self.context:
+        if past + tokens.shape[1] > self.limit:
             message = (
                 f"the sequence has {past + tokens.shape[1]} tokens, and the model was loaded for "
-                f"{self.context}; shorten it or load with a larger context"
+                f"{self.limit}; shorten it or load with a larger context"
             )
             raise InvalidInput(message)
+
+    def check_loaded(self) -> None:
+        self.ranks.check_open()
+        if self.context is not None and self.context.ext_tp_context is None:
+            message = "the model's context was unloaded; load the model again to use it"
+            raise TPError(message)
 
     def unload(self) -> None:
         self.ranks.close()
         self.models.clear()
+        if self.context is not None:
+            self.context.unload()
 
     def spread(self, cache: Cache) -> RankedCache:
         if isinstance(cache, RankedCache):
@@ -116,12 +127,25 @@ class _Runner:
         return RankedCache.of(cache, len(self.models), self.lead)
 
     def _join(self, results: list[Any], caches: dict[str, RankedCache]) -> Any:
-        result = results[self.lead]
+        result = _ordinary(results[self.lead])
         for name in _CACHES:
             if isinstance(getattr(result, name, None), Cache):
                 given = caches.get(name)
                 result[name] = given or RankedCache([getattr(each, name) for each in results], self.lead)
         return result
+
+
+def _ordinary(value: Any) -> Any:
+    """The same memory as tensors that may be changed in place: those of inference mode may not."""
+    if isinstance(value, torch.Tensor):
+        return torch.from_dlpack(value) if value.is_inference() else value
+    if isinstance(value, ModelOutput):
+        for name, each in value.items():
+            value[name] = _ordinary(each)
+        return value
+    if type(value) in {tuple, list}:
+        return type(value)(_ordinary(each) for each in value)
+    return value
 
 
 def _move(value: Any, device: torch.device) -> Any:
@@ -198,6 +222,7 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:  # noqa: C901  one function f
             "unload": unload,
             "plan": property(lambda self: self.tp_rs_runner.plan),
             "context": property(lambda self: self.tp_rs_runner.context),
+            "context_limit": property(lambda self: self.tp_rs_runner.limit),
             "device": property(lambda self: self.tp_rs_runner.devices[self.tp_rs_runner.lead]),
             "dtype": property(lambda self: self.tp_rs_runner.dtype),
         },

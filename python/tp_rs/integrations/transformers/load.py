@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tp_rs._native import Plan
+from tp_rs.context import TPContext
 from tp_rs.errors import InvalidInput
 from tp_rs.integrations.transformers import selfcheck
-from tp_rs.integrations.transformers.assemble import Progress, assemble, decide
+from tp_rs.integrations.transformers.assemble import TIMEOUT, Progress, assemble, decide
 from tp_rs.integrations.transformers.checkpoint import Checkpoint, open_checkpoint
-from tp_rs.integrations.transformers.collectives import ThreadCollectives
 from tp_rs.integrations.transformers.room import require_room
 from tp_rs.integrations.transformers.verified import VERIFIED
+from tp_rs.plan import plan as make_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
-    from tp_rs.integrations.transformers.communication import Collectives
     from tp_rs.integrations.transformers.splits import Split, SplitSource
 
 __all__ = ["load"]
@@ -36,25 +39,19 @@ def load(
     force: bool = False,
     check: bool | None = None,
     progress: Progress | None = None,
-    collectives: Callable[[int], Collectives] = ThreadCollectives,
 ) -> Any:
-    """Load a causal language model over several ranks.
+    """Load a causal language model over several ranks; `tp_rs.load` says more.
 
     Args:
-        model: A checkpoint's folder, a GGUF file, or a transformers model on the CPU (it is not changed).
-        gpu_split: GiB that each rank may use. None takes what is free on each device.
-        devices: The device of every rank; several may share one.
-        context: Tokens a sequence. None for the plan's.
-        plan: A plan made before, instead of `gpu_split`.
-        dtype: The dtype of weights and activations; None for the checkpoint's own.
+        model: A checkpoint's folder, a GGUF file, or a transformers model on the CPU.
+        gpu_split: GiB that each rank may use.
+        devices: The device of every rank.
+        context: Tokens a sequence.
+        plan: A plan made before, or `Splits`.
+        dtype: The dtype of weights and activations.
         force: Load a plan that does not fit.
-        check: Try the type on a small random model first. None tries the types that are not known to work.
+        check: Try the type on a small random model first.
         progress: Told of every rank's bytes as they are read.
-        collectives: Makes the communicator between the ranks.
-
-    Returns:
-        A model of its own transformers class: `generate()` and all that comes with it, `stream(prompt)`,
-        `unload()`, `plan` and `context`.
 
     Raises:
         InvalidInput: An argument cannot be used, or the plan was made for another model.
@@ -67,41 +64,61 @@ def load(
             f"dtype: got {dtype}, wanted one that sums can be made in: float32, bfloat16, float16, float64"
         )
         raise InvalidInput(message)
-    checkpoint = open_checkpoint(model, dtype)
-    limit = _limit(checkpoint, context)
-    if plan is None:
-        from tp_rs.plan import plan as make_plan  # noqa: PLC0415  its native half is not needed for a given plan
-
-        shape = model if isinstance(model, (str,)) or hasattr(model, "__fspath__") else checkpoint.config
-        plan = make_plan(shape, gpu_split, context=limit, devices=devices, weights=checkpoint.dtype)
-    elif gpu_split is not None:
+    if plan is not None and gpu_split is not None:
         message = "gpu_split: got it beside plan, wanted one of them"
         raise InvalidInput(message)
-    if not force and hasattr(plan, "require_fit"):
-        plan.require_fit()
-    _check_plan(checkpoint, plan)
+    devices = None if devices is None else list(devices)
+    checkpoint = open_checkpoint(model, dtype)
+    _check_context(checkpoint, context, plan)
+    # What is planned for; a model on the CPU is not kept.
+    shape = model if isinstance(model, (str, PathLike)) else checkpoint.config
+    if plan is None:
+        plan = make_plan(shape, gpu_split, context=context, devices=devices, weights=checkpoint.dtype)
     places = _places(plan, devices)
+    owner = None
+    if isinstance(plan, Plan):
+        owner = TPContext(
+            shape, plan=plan, devices=[str(place) for place in places], timeout=TIMEOUT, force=force
+        )
+    else:
+        _check_splits(checkpoint, plan)
     skeleton, layout = decide(checkpoint, plan, len(places))
     require_room(checkpoint, skeleton, layout, plan, force=force)
     unknown = checkpoint.config.get_text_config().model_type not in VERIFIED
     if check or (check is None and unknown):
-        selfcheck.ensure(checkpoint.kind, checkpoint.config, len(places), collectives)
-    front = assemble(checkpoint, skeleton, layout, places, collectives=collectives, progress=progress)
+        selfcheck.ensure(checkpoint.kind, checkpoint.config, len(places))
+    with ExitStack() as cleanup:
+        if owner is not None:
+            owner.finalize()
+            cleanup.callback(owner.unload)
+        front = assemble(
+            checkpoint,
+            skeleton,
+            layout,
+            places,
+            communicator=None if owner is None else owner.communicator,
+            progress=progress,
+        )
+        cleanup.pop_all()
     runner = front.tp_rs_runner
-    runner.plan = plan
-    runner.context = context or getattr(plan, "context", None) or limit
+    runner.plan, runner.context = plan, owner
+    runner.limit = context or getattr(plan, "context", None)
     runner.tokenizer_source = checkpoint.tokenizer
     return front
 
 
-def _limit(checkpoint: Checkpoint, context: int | None) -> int | None:
-    most = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+def _check_context(checkpoint: Checkpoint, context: int | None, plan: SplitSource | None) -> None:
     if context is None:
-        return None
-    if context < 1 or (isinstance(most, int) and context > most):
-        message = f"context: got {context}, wanted 1 to {most}, which {checkpoint.name} was made for"
+        return
+    most = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    whole = isinstance(context, int) and not isinstance(context, bool) and context >= 1
+    if not whole or (isinstance(most, int) and context > most):
+        message = f"context: got {context!r}, wanted 1 to {most}, which {checkpoint.name} was made for"
         raise InvalidInput(message)
-    return context
+    planned = getattr(plan, "context", None)
+    if isinstance(planned, int) and context > planned:
+        message = f"context: got {context}, and the plan has room for {planned}; plan with context={context}"
+        raise InvalidInput(message)
 
 
 def _places(plan: SplitSource, devices: Iterable[object] | None) -> list[torch.device]:
@@ -123,7 +140,7 @@ def _places(plan: SplitSource, devices: Iterable[object] | None) -> list[torch.d
     return places
 
 
-def _check_plan(checkpoint: Checkpoint, plan: SplitSource) -> None:
+def _check_splits(checkpoint: Checkpoint, plan: SplitSource) -> None:
     config = checkpoint.config.get_text_config()
     wanted = {
         "vc_split": getattr(config, "vocab_size", None),

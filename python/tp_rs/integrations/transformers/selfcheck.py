@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from tp_rs.integrations.transformers.communication import Collectives
-
 __all__ = ["TOLERANCE", "compare", "ensure", "steps"]
 
 TOLERANCE = 1e-4
@@ -32,9 +30,7 @@ _passed: set[tuple[str, int]] = set()
 _lock = threading.Lock()
 
 
-def ensure(
-    kind: type[PreTrainedModel], config: PretrainedConfig, ranks: int, make: Callable[[int], Collectives]
-) -> None:
+def ensure(kind: type[PreTrainedModel], config: PretrainedConfig, ranks: int) -> None:
     """Check a type once a process.
 
     Raises:
@@ -48,7 +44,7 @@ def ensure(
     heads = getattr(twin.config.get_text_config(), "num_key_value_heads", None) or KV_HEADS
     kv = [heads - heads // 2, heads // 2] + [0] * (ranks - 2) if ranks > 1 else [heads]
     try:
-        difference = compare(twin, kv, make)
+        difference = compare(twin, kv)
     except TPError as error:
         message = f"{kind.__name__}: no known architecture, and a small one does not run over ranks: {error}"
         raise ModelError(message) from error
@@ -104,13 +100,12 @@ def steps(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tenso
     return logits
 
 
-def compare(model: PreTrainedModel, kv: Sequence[int], make: Callable[[int], Collectives]) -> float:
+def compare(model: PreTrainedModel, kv: Sequence[int]) -> float:
     """How far the logits over ranks are from the whole model's, in standard deviations of the logits.
 
     Args:
         model: A small model on the CPU.
         kv: KV heads of every rank; MLP and vocabulary are divided unevenly and over all.
-        make: Makes the communicator.
     """
     ids, mask = prompt(model)
     whole = steps(model, ids, mask)
@@ -118,9 +113,8 @@ def compare(model: PreTrainedModel, kv: Sequence[int], make: Callable[[int], Col
     splits = uneven(config, kv)
     checkpoint = open_checkpoint(model, torch.float32)
     skeleton, layout = decide(checkpoint, splits, len(kv))
-    front = assemble(
-        checkpoint, skeleton, layout, [torch.device("cpu")] * len(kv), collectives=make, one_router=False
-    )
+    devices = [torch.device("cpu")] * len(kv)
+    front = assemble(checkpoint, skeleton, layout, devices, one_router=False)
     try:
         own = steps(front, ids, mask)
     finally:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
 
 from tp_rs.errors import ModelError
+from tp_rs.integrations.transformers.communication import side_by_side
 from tp_rs.integrations.transformers.layout import Collective, Kind, Layout
 from tp_rs.integrations.transformers.stub import Returns, watch
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["wire"]
 
 _Forward = Callable[..., Any]
+
+_APART = 1 << 16
+"""Bytes of a weight from which on a product takes longer than handing the baton over."""
 
 
 def wire(model: nn.Module, layout: Layout, link: Link, returns: Returns, *, one_router: bool = False) -> None:
@@ -33,6 +37,9 @@ def wire(model: nn.Module, layout: Layout, link: Link, returns: Returns, *, one_
             that choose different experts add up parts that do not belong together.
     """
     lead = layout.lead()
+    for module in model.modules():
+        if _takes_long(module):
+            module.forward = _apart(module, link)
     for name, collective in layout.collectives.items():
         module = model.get_submodule(name)
         module.forward = _WRAPPERS[collective.kind](_Place(module, collective, link, lead, one_router))
@@ -62,6 +69,25 @@ class _Place:
     one_router: bool
 
 
+def _takes_long(module: nn.Module) -> TypeGuard[nn.Linear]:
+    # Others' products are launched on a device and not waited for.
+    return type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.nbytes >= _APART
+
+
+def _apart(module: nn.Linear, link: Link) -> _Forward:
+    """Let another rank run Python during a product that takes longer than handing over."""
+    take, lay_down, linear = link.baton.take, link.baton.lay_down, nn.functional.linear
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        lay_down()
+        try:
+            return linear(hidden, module.weight, module.bias)
+        finally:
+            take()
+
+    return run
+
+
 def _row_parallel(place: _Place) -> _Forward:
     module, collective, link = place.module, place.collective, place.link
     if not isinstance(module, nn.Linear):
@@ -75,7 +101,7 @@ def _row_parallel(place: _Place) -> _Forward:
     def run(hidden: torch.Tensor) -> torch.Tensor:
         if collective.kind is Kind.SPLIT_INPUT:
             hidden = torch.cat([hidden[..., start:end] for start, end in own], dim=-1)
-        total = link.all_reduce_(forward(hidden))
+        total = link.all_reduce(forward(hidden))
         if bias is not None:
             total = total + bias
         if collective.kind is Kind.SUM_OWN_HEADS:
@@ -87,17 +113,17 @@ def _row_parallel(place: _Place) -> _Forward:
 
 def _gather(place: _Place) -> _Forward:
     module, link = place.module, place.link
-    forward = module.forward
-    return lambda hidden: link.all_gather(forward(hidden))
+    forward, split = module.forward, side_by_side(place.collective.ranks)
+    return lambda hidden: link.all_gather(forward(hidden), split)
 
 
 def _logits(place: _Place) -> _Forward:
     module, collective, link = place.module, place.collective, place.link
-    forward = module.forward
+    forward, split = module.forward, side_by_side(collective.ranks)
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
         own = forward(hidden)
-        whole = link.gather(own, place.lead)
+        whole = link.gather(own, split, place.lead)
         # What the others make of their logits is thrown away; the shape has to be right.
         return own.new_zeros(*own.shape[:-1], collective.total) if whole is None else whole
 
@@ -117,7 +143,7 @@ def _lookup(place: _Place) -> _Forward:
             elsewhere = (ids < start) | (ids >= end)
             own = forward((ids - start).masked_fill(elsewhere, 0))
             own = own.masked_fill(elsewhere.unsqueeze(-1), 0)
-        return link.all_reduce_(own)
+        return link.all_reduce(own)
 
     return run
 
@@ -130,7 +156,7 @@ def _wide_norm(place: _Place) -> _Forward:
 
     def run(hidden: torch.Tensor) -> Any:
         squares = hidden.float().square().sum(-1, keepdim=True)
-        mean = link.all_reduce_(squares.clone()) / collective.total
+        mean = link.all_reduce(squares.clone()) / collective.total
         # The module divides by its own columns' root mean square; the ratio makes it everybody's.
         ratio = torch.sqrt((squares / max(own, 1) + epsilon) / (mean + epsilon))
         result = forward(hidden)
@@ -163,16 +189,16 @@ def _experts(place: _Place) -> _Forward:
         choice = tuple(chosen(value) for value in choice)
         named = {name: chosen(value) for name, value in named.items()}
         if start == end:
-            return link.all_reduce_(torch.zeros_like(hidden))
+            return link.all_reduce(torch.zeros_like(hidden))
         if collective.kind is Kind.WHOLE_EXPERTS and not choice and not named:
             # The rows come sorted by expert, as many for each (Llama 4).
             each = hidden.shape[0] // collective.total
             total = torch.zeros_like(hidden)
             total[start * each : end * each] = forward(hidden[start * each : end * each])
-            return link.all_reduce_(total)
+            return link.all_reduce(total)
         if collective.kind is Kind.WHOLE_EXPERTS:
             choice, named = _own_choice(choice, named, start, end)
-        return link.all_reduce_(forward(hidden, *choice, **named))
+        return link.all_reduce(forward(hidden, *choice, **named))
 
     return run
 
