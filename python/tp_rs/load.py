@@ -53,10 +53,10 @@ def load(
         progress: Called with a rank and the bytes that it has read so far, from the threads that read.
 
     Returns:
-        A model of its own transformers class, without weights of its own. Its `generate` and what comes with it
-        is transformers'. Beside that it has `stream(prompt)`, which yields text; `plan`; `context`, the
-        `TPContext` whose communicator the ranks use (None for splits without a plan); `context_limit`, the most
-        tokens of a sequence; and `unload()`, which gives all memory back.
+        A model of its own transformers class, without weights of its own. Its `generate` and what comes with
+        it is transformers'. Beside that it has `stream(prompt)`, which yields text; `plan`; `context`, the
+        `TPContext` whose communicator the ranks use (None for splits without a plan); `context_limit`, the
+        most tokens of a sequence; and `unload()`, which gives all memory back.
 
     Raises:
         InvalidInput: An argument cannot be used, or the plan was made for another model.
@@ -89,4 +89,5 @@ def _missing(error: ImportError) -> str:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             found.append(f"no {name}")
-    return f"tp_rs.load needs torch and transformers 5.17 or later, found {' and '.join(found)}: {_EXTRA} ({error})"
+    have = " and ".join(found)
+    return f"tp_rs.load needs torch and transformers 5.17 or later, found {have}: {_EXTRA} ({error})"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tp_rs
 from contexts import SMALL
-from tensors import MOVED, FLOATS, in_threads, raw, values
+from tensors import FLOATS, MOVED, in_threads, raw, values
 from tp_rs import BROADCAST_ID, BROADCAST_KV, BROADCAST_Q, BROADCAST_RS, BROADCAST_VC, TPContext
 
 many = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tp_rs
-from tensors import MOVED, FLOATS, assert_sum, in_threads, raw, split_of, values, widths_for
+from tensors import FLOATS, MOVED, assert_sum, in_threads, raw, split_of, values, widths_for
 
 RANKS = list(range(1, 9))
 

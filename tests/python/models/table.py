@@ -1,12 +1,16 @@
 """Which architectures run over ranks: `python tests/python/models/table.py > docs/architectures.md`.
 
 Every causal language model of the installed transformers is built small with random weights and run whole and
-over ranks. With `--verified FILE` the types that agree are written where `load` looks them up.
+over ranks. With `--verified FILE` the types with a plan that agree are written where `load` looks them up.
+Names after the options limit the table to these types.
 """
 
+import argparse
 import logging
 import os
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,83 +18,144 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import transformers
-from architectures import planned, small
-from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from architectures import NOT_BUILT, built, everything, plan_of
+from transformers import PreTrainedModel
 
+from tp_rs.errors import ModelError
 from tp_rs.integrations.transformers import selfcheck
 from tp_rs.integrations.transformers.assemble import decide
 from tp_rs.integrations.transformers.checkpoint import open_checkpoint
-from tp_rs.integrations.transformers.twin import make_twin
 
 SPLITS = ([2, 1], [3, 0], [2, 1, 0])
 MOSTLY_WHOLE = 0.75
+NOTICED = 0.05
+LONGEST = 150
+STATES = ("sharded", "mostly whole", "refused", "not run")
 HEAD = """# Architectures
 
-transformers {version}, made by `python {command}`.
+transformers {version}, made by `python tests/python/models/table.py`. {total} causal language models:
 
-Small random models in float32, KV heads 2+1, 3+0 and 2+1+0, left-padded batch, prefill and decode; the
-difference is the largest one of logits to the whole model, in standard deviations. Types without a plan are
-tried again when they are loaded.
+{counts}
 
-| type | plan | state | weights cut | difference | what stays whole, or why not |
+Each is a small random model in float32 with KV heads 2+1, 3+0 and 2+1+0, a left-padded batch, prefill and
+decode. The difference is the largest one of logits to the whole model, in standard deviations; 1e-4 is
+allowed. *Weights cut* is the share of the language model's weights that no rank holds whole; a tower for
+images or sound stays whole on every rank and is not counted. Sizes are those of the small model, so shares
+differ from a real one's. *Mostly whole* means that less than a quarter is cut: it runs, and saves little.
+
+A plan is the architecture's own list of how its layers are cut: *text* where it is the plan of the wrapper's
+text model, *experts* where it speaks of experts alone. A type without a full plan is cut by what its parts
+are called, and `load` tries it on a small model with the choices of the real one before it is trusted. What
+the trial shows to be cut wrongly stays whole, with a warning; a type that is wrong even so is refused. The
+tower of `gemma3n` needs the package timm; without it that row says so.
+
+| type | plan | state | weights cut | difference | what stays whole, or why it does not run |
 |---|---|---|---|---|---|"""
 
 
 def row(name):
-    """What became of a type: (state, what a rank of two holds at most, the largest difference, a reason)."""
+    """What became of a type: (state, share of the weights that is cut, the largest difference, a reason)."""
+    if name in NOT_BUILT:
+        return "not run", "", "", NOT_BUILT[name]
     try:
-        model = make_twin(small(name))
-        if not all(torch.isfinite(each).all() for each in selfcheck.steps(model, *selfcheck.prompt(model))):
-            return "not tried", "", "", "its small model gives no finite logits"
-    except Exception as error:  # noqa: BLE001  foreign code, and the reason goes into the table
-        return "not tried", "", "", f"no small model of it: {type(error).__name__}"
+        model = built(name)
+    except ModelError as error:
+        return "not run", "", "", str(error)
     try:
-        differences = [selfcheck.compare(model, kv) for kv in SPLITS]
-    except Exception as error:  # noqa: BLE001  as above
-        return "refused", "", "", str(error).splitlines()[0][:90]
+        settled = selfcheck.settle(model, SPLITS)
+    except ModelError as error:
+        return "refused", "", "", str(error)
     splits = selfcheck.uneven(model.config.get_text_config(), [2, 1])
-    skeleton, layout = decide(open_checkpoint(model, torch.float32), splits, 2)
-    sizes = {key: parameter.numel() for key, parameter in skeleton.named_parameters()}
-    cut = sum(size for key, size in sizes.items() if key in layout.cuts)
-    share = cut / sum(sizes.values())
-    worst = f"{max(differences):.0e}"
-    if not max(differences) <= selfcheck.TOLERANCE:
-        return "refused", f"{share:.0%}", worst, "other logits"
-    reasons = "; ".join(sorted({reason.partition(":")[0] for reason in layout.whole.values()}))[:90]
-    return ("sharded" if share > 1 - MOSTLY_WHOLE else "mostly whole"), f"{share:.0%}", worst, reasons
+    skeleton, layout = decide(open_checkpoint(model, torch.float32), splits, 2, settled.guesses)
+    sizes = {
+        key: parameter.numel()
+        for key, parameter in skeleton.named_parameters()
+        if key in layout.cuts or key.startswith(language(skeleton))
+    }
+    for tower in other_models(skeleton):
+        sizes = {key: size for key, size in sizes.items() if not key.startswith(f"{tower}.")}
+    share = sum(size for key, size in sizes.items() if key in layout.cuts) / sum(sizes.values())
+    state = "sharded" if share > 1 - MOSTLY_WHOLE else "mostly whole"
+    reasons = sorted({re.sub(r"[\w.]+\.\d+\.", "", reason) for reason in layout.whole.values()})
+    if settled.reason:
+        reasons.insert(0, settled.reason)
+    whole = holders(skeleton, {key: size for key, size in sizes.items() if key not in layout.cuts})
+    if whole:
+        reasons.insert(0, ", ".join(whole))
+    return state, f"{share:.0%}", f"{settled.difference:.0e}", "; ".join(reasons)
+
+
+def language(model):
+    """Where the names of the language model's parameters begin."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    names = [name for name, module in model.named_modules() if module is decoder]
+    return names[0] if names and isinstance(decoder, PreTrainedModel) else ""
+
+
+def other_models(model):
+    """The parts of a wrapper that are no language model."""
+    text = type(model.config.get_text_config())
+    others = {kind for kind in model.config.sub_configs.values() if kind is not text}
+    for name, module in model.named_modules():
+        if name and isinstance(module, PreTrainedModel) and type(module.config) in others:
+            yield name
+
+
+def holders(model, whole):
+    """The classes of the modules that hold most of what stays whole."""
+    held = Counter()
+    for key, size in whole.items():
+        # A module of a layer says more than the linear layer in it.
+        parts = key.split(".")
+        layer = max((place for place, part in enumerate(parts) if part.isdigit()), default=len(parts) - 3)
+        owner = ".".join(parts[: max(min(layer + 2, len(parts) - 1), 1)])
+        held[type(model.get_submodule(owner)).__name__] += size
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return [f"`{name}`" for name, size in held.most_common(2) if size > NOTICED * total]
 
 
 def say(line):
-    """Print at once: the whole table takes a while."""
+    """Print one line."""
     sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 def main():
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--verified", metavar="FILE", type=Path)
+    parser.add_argument("names", nargs="*")
+    options = parser.parse_args()
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    plans = set(planned())
-    names = sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)
-    if "--planned" in sys.argv:
-        names = sorted(plans)
-    verified = []
-    say(HEAD.format(version=transformers.__version__, command="tests/python/models/table.py"))
-    for name in names:
-        state, share, worst, reason = row(name)
-        plan = "yes" if name in plans else "no"
-        say(f"| {name} | {plan} | {state} | {share} | {worst} | {reason} |")
-        if name in plans and state in {"sharded", "mostly whole"}:
-            verified.append(name)
-    if "--verified" in sys.argv:
-        lines = "".join(f'        "{name}",\n' for name in verified)
-        Path(sys.argv[sys.argv.index("--verified") + 1]).write_text(
+    rows = []
+    for name in options.names or everything():
+        rows.append((name, plan_of(name), *row(name)))
+        sys.stderr.write(f"{' '.join(rows[-1][:5])}\n")
+    say(HEAD.format(version=transformers.__version__, total=len(rows), counts=counts(rows)))
+    for name, plan, state, share, worst, reason in rows:
+        text = " ".join(reason.split()).replace("|", "/")
+        text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+        say(f"| {name} | {plan} | {state} | {share} | {worst} | {text} |")
+    if options.verified is not None:
+        right = [name for name, plan, state, *_ in rows if plan in {"yes", "text"} and state in STATES[:2]]
+        lines = "".join(f'        "{name}",\n' for name in right)
+        options.verified.write_text(
             '"""Types that ran over ranks as whole; made by tests/python/models/table.py --verified."""\n'
             f"\nVERIFIED: frozenset[str] = frozenset(\n    {{\n{lines}    }}\n)\n",
             encoding="utf-8",
         )
+
+
+def counts(rows):
+    """How many types with a plan and without are in each state, as a table."""
+    lines = ["| | " + " | ".join(STATES) + " | all |", "|---" * (len(STATES) + 2) + "|"]
+    kinds = (("with a plan", {"yes", "text"}), ("without one, or of experts alone", {"experts", "no"}))
+    for title, plans in kinds:
+        found = Counter(state for _, plan, state, *_ in rows if plan in plans)
+        each = " | ".join(str(found[state]) for state in STATES)
+        lines.append(f"| {title} | {each} | {found.total()} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

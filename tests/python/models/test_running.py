@@ -257,14 +257,15 @@ def test_loading_and_running_from_many_threads(model):
 
 def test_an_unknown_type_is_tried_first(monkeypatch):
     model = make_twin(small("llama"))
-    monkeypatch.setattr(selfcheck, "_passed", set())
+    monkeypatch.setattr(selfcheck, "_passed", {})
     tried = []
     monkeypatch.setattr(selfcheck, "compare", lambda *args: tried.append(args) or 0.5)
-    with pytest.raises(ModelError, match=r"gives other logits \(off by 5.0e-01 standard deviations"):
+    with pytest.raises(ModelError, match=r"the logits are off by 5.0e-01 standard deviations"):
         load(model, plan=SPLITS, check=True)
     monkeypatch.undo()
     load(model, plan=SPLITS, check=True).unload()
-    assert len(tried) == 1
+    # In float32, and in float64 whether it is more than rounding. A plan leaves nothing to guess otherwise.
+    assert len(tried) == 2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

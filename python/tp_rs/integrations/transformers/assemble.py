@@ -14,6 +14,7 @@ from tp_rs.errors import DoesNotFit
 from tp_rs.integrations.transformers.conversion import Conversion
 from tp_rs.integrations.transformers.execution import Ranks
 from tp_rs.integrations.transformers.front import make_front
+from tp_rs.integrations.transformers.layout import Guesses
 from tp_rs.integrations.transformers.loader import load_rank, make_skeleton
 from tp_rs.integrations.transformers.rules import make_layout
 from tp_rs.integrations.transformers.sources import Counter
@@ -36,10 +37,12 @@ Progress = Callable[[int, int], None]
 """Told of a rank and the bytes that it has read so far, from the threads that read."""
 
 
-def decide(checkpoint: Checkpoint, splits: SplitSource, ranks: int) -> tuple[PreTrainedModel, Layout]:
+def decide(
+    checkpoint: Checkpoint, splits: SplitSource, ranks: int, guesses: Guesses = Guesses.ALL
+) -> tuple[PreTrainedModel, Layout]:
     """The model's skeleton and what the rules make of it."""
     skeleton = make_skeleton(checkpoint.kind, checkpoint.config, checkpoint.dtype)
-    return skeleton, make_layout(skeleton, splits, ranks)
+    return skeleton, make_layout(skeleton, splits, ranks, guesses)
 
 
 def assemble(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +9,8 @@ import torch
 from tp_rs.integrations.transformers.layout import width
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tp_rs._native import Baton, Communicator
     from tp_rs.integrations.transformers.splits import Interval, Split
 

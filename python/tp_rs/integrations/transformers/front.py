@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["make_front"]
 
 _CACHES = ("past_key_values", "cache_params")
+_STATES = (*_CACHES, "state", "mems", "past_buckets_states")
+"""What generation hands from one step to the next, by the names that models give it."""
 _REFUSED = {"offloaded", "offloaded_static", "quantized"}
 _OWN = {"_parameters", "_buffers", "_modules", "forward"}
 
@@ -84,7 +86,13 @@ class _Runner:
 
         def job(link: Link) -> Any:
             device = self.devices[link.rank]
-            own = {name: _move(value, device) for name, value in kwargs.items() if name not in caches}
+            own = {
+                # A state that is no cache holds nothing of single heads, so all ranks have the same. Some
+                # models write into it, so each rank needs its own.
+                name: copy.deepcopy(value) if name in _STATES else _move(value, device)
+                for name, value in kwargs.items()
+                if name not in caches
+            }
             own |= {name: cache.caches[link.rank] for name, cache in caches.items()}
             return models[link.rank](*(_move(value, device) for value in args), **own)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, Flag, auto
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from tp_rs.integrations.transformers.splits import Interval
 
-__all__ = ["Attention", "Collective", "Cut", "Heads", "Kind", "Layout", "width"]
+__all__ = ["Attention", "Collective", "Cut", "Guesses", "Heads", "Kind", "Layout", "width"]
 
 
 def width(intervals: Iterable[Interval]) -> int:
@@ -31,6 +31,16 @@ class Cut:
     def size(self, rank: int) -> int:
         """Elements along `dim` on a rank."""
         return width(self.ranks[rank])
+
+
+class Guesses(Flag):
+    """What is cut without a plan that names it, by what the parts are called."""
+
+    NOTHING = 0
+    MLPS = auto()
+    """MLPs and experts."""
+    ATTENTIONS = auto()
+    ALL = MLPS | ATTENTIONS
 
 
 class Kind(Enum):
@@ -97,6 +107,8 @@ class Attention:
     ranks: tuple[Heads, ...]
     collectives: tuple[Collective, ...] = ()
     """Where the ranks meet inside it, in the order of its modules."""
+    width: int = 0
+    """Columns that all query heads give to the output projection."""
 
 
 @dataclass

@@ -14,7 +14,9 @@ from tp_rs.errors import InvalidInput
 from tp_rs.integrations.transformers import selfcheck
 from tp_rs.integrations.transformers.assemble import TIMEOUT, Progress, assemble, decide
 from tp_rs.integrations.transformers.checkpoint import Checkpoint, open_checkpoint
+from tp_rs.integrations.transformers.layout import Guesses
 from tp_rs.integrations.transformers.room import require_room
+from tp_rs.integrations.transformers.rules import warn_of_whole
 from tp_rs.integrations.transformers.verified import VERIFIED
 from tp_rs.plan import plan as make_plan
 
@@ -75,6 +77,11 @@ def load(
     if plan is None:
         plan = make_plan(shape, gpu_split, context=context, devices=devices, weights=checkpoint.dtype)
     places = _places(plan, devices)
+    guesses = Guesses.ALL
+    unknown = checkpoint.config.get_text_config().model_type not in VERIFIED
+    if check or (check is None and unknown):
+        idle = len(places) - len({rank for rank, _, _ in plan.q_split})
+        guesses = selfcheck.ensure(checkpoint.kind, checkpoint.config, len(places), idle=idle)
     owner = None
     if isinstance(plan, Plan):
         owner = TPContext(
@@ -82,11 +89,9 @@ def load(
         )
     else:
         _check_splits(checkpoint, plan)
-    skeleton, layout = decide(checkpoint, plan, len(places))
+    skeleton, layout = decide(checkpoint, plan, len(places), guesses)
     require_room(checkpoint, skeleton, layout, plan, force=force)
-    unknown = checkpoint.config.get_text_config().model_type not in VERIFIED
-    if check or (check is None and unknown):
-        selfcheck.ensure(checkpoint.kind, checkpoint.config, len(places))
+    warn_of_whole(layout)
     with ExitStack() as cleanup:
         if owner is not None:
             owner.finalize()

@@ -9,47 +9,84 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from tp_rs.integrations.transformers.layout import Collective, Cut, Kind, Layout
-from tp_rs.integrations.transformers.rules_attention import cut_attention, is_attention
+from tp_rs.integrations.transformers.layout import Collective, Cut, Guesses, Kind, Layout
+from tp_rs.integrations.transformers.projections import Projection, projection
+from tp_rs.integrations.transformers.rules_attention import cut_attention, is_attention, needs_output
 from tp_rs.integrations.transformers.rules_mlp import cut_experts, cut_mlp, is_experts, is_mlp, width_split
 from tp_rs.integrations.transformers.splits import SplitSource, scale
 from tp_rs.integrations.transformers.styles import planned
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-__all__ = ["make_layout"]
+__all__ = ["make_layout", "warn_of_whole"]
 
 _log = logging.getLogger("tp_rs.transformers")
 
 
-def make_layout(model: PreTrainedModel, splits: SplitSource, ranks: int) -> Layout:
-    """Decide for every parameter of a model (on the meta device, uncut) who holds what."""
+def make_layout(
+    model: PreTrainedModel, splits: SplitSource, ranks: int, guesses: Guesses = Guesses.ALL
+) -> Layout:
+    """Decide for every parameter of a model (on the meta device, uncut) who holds what.
+
+    Args:
+        model: The model.
+        splits: The shares.
+        ranks: How many ranks there are.
+        guesses: What may be cut that no plan names.
+    """
     layout = Layout(ranks)
     styles = planned(model)
     decoder = _decoder(model)
     config = model.config.get_text_config()
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    outputs = {name: output for name, module in modules.items() if (output := _output(name, module, modules))}
+    attentions = [name for name, module in modules.items() if name in outputs or is_attention(module)]
+    common = any(_named(name, styles) for name in attentions)
+    for name, module in modules.items():
         if not name.startswith(decoder) or (styles and not _planned_part(name, styles)):
             continue
-        if is_experts(module):
-            cut_experts(layout, name, module, splits, styles)
-        elif is_attention(module):
-            cut_attention(layout, name, module, splits=splits, config=config, styles=styles)
-        elif is_mlp(module):
-            cut_mlp(layout, name, module, splits, styles)
+        if name in attentions:
+            if guesses & Guesses.ATTENTIONS or _named(name, styles):
+                cut_attention(
+                    layout,
+                    name,
+                    module,
+                    splits=splits,
+                    config=config,
+                    styles=styles,
+                    common=common,
+                    output=outputs.get(name),
+                )
+        elif guesses & Guesses.MLPS or _named(name, styles):
+            if is_experts(module):
+                cut_experts(layout, name, module, splits, styles)
+            elif is_mlp(module):
+                cut_mlp(layout, name, module, splits, styles)
     _cut_others(layout, model, splits, styles)
     _cut_vocabulary(layout, model, splits)
-    _warn(layout)
+    _cut_tied(layout, model)
     return layout
 
 
-def _warn(layout: Layout) -> None:
-    """One line for what all layers have in common."""
+def _named(name: str, styles: dict[str, str]) -> bool:
+    """Whether a plan speaks of a module or its parts."""
+    return any(key == name or key.startswith(f"{name}.") for key in styles)
+
+
+def _output(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> tuple[str, Projection] | None:
+    """The output projection of an attention that has it beside itself."""
+    if not needs_output(module):
+        return None
+    place = f"{name.rpartition('.')[0]}.output"
+    found = projection(modules[place], "dense") if place in modules else None
+    return (f"{place}.dense", found) if found is not None else None
+
+
+def warn_of_whole(layout: Layout) -> None:
+    """Say what stays whole against a plan or a rule: one line for what all layers have in common."""
     told = {
         (re.sub(r"\d+", "*", name), re.sub(r"\.\d+\.", ".*.", reason))
         for name, reason in layout.whole.items()
@@ -68,6 +105,9 @@ def _decoder(model: Any) -> str:
     """The prefix of the text model's modules; a wrapper's vision or audio tower is none of the plan's."""
     if hasattr(model, "get_decoder"):
         decoder = model.get_decoder()
+        if not isinstance(decoder, PreTrainedModel):
+            # Some call their head a decoder.
+            return ""
         for name, module in model.named_modules():
             if module is decoder and name:
                 return str(name)
@@ -100,8 +140,25 @@ def _inside(layout: Layout, name: str) -> bool:
     """Whether a rule for attentions, MLPs or experts has decided about a module or one that it is in."""
     if f"{name}.weight" in layout.cuts or name in layout.collectives:
         return True
-    parent = name.rpartition(".")[0]
-    return parent in layout.whole or parent in layout.attentions
+    # What is deeper in an attention is not run by a rank without heads.
+    parents = [name[: place.start()] for place in re.finditer(r"\.", name)]
+    return any(parent in layout.whole or parent in layout.attentions for parent in parents)
+
+
+def _cut_tied(layout: Layout, model: PreTrainedModel) -> None:
+    """Cut every name of a parameter alike.
+
+    A file holds a tied parameter under one of its names. BERT's output bias is one that the head does not
+    have: left whole, the head would be tied to its first rows on every rank.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for tied in names.values():
+        cut = next((layout.cuts[name] for name in tied if name in layout.cuts), None)
+        if cut is not None:
+            for name in tied:
+                layout.cuts.setdefault(name, cut)
 
 
 def _cut_vocabulary(layout: Layout, model: PreTrainedModel, splits: SplitSource) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import suppress
 from typing import Any
 
@@ -11,137 +10,123 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tp_rs.errors import ModelError
+from tp_rs.integrations.transformers.sizes import KV_HEADS, LAYERS, SHAPES, Shape, chosen, sizes
 
-__all__ = ["KV_HEADS", "make_twin", "shrunk_config", "twin_config"]
+__all__ = ["KV_HEADS", "SHAPES", "make_twin", "shrunk_config", "twin_config"]
 
-KV_HEADS = 3
-_GROUPS = 2
-_HEAD = 8
-_HEADS = KV_HEADS * _GROUPS
-_VOCABULARY = 97
-_SMALL: dict[str, Any] = {
-    "vocab_size": _VOCABULARY,
-    "hidden_size": 48,
-    "num_attention_heads": _HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "head_dim": _HEAD,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 40,
-    "shared_expert_intermediate_size": 32,
-    "moe_shared_expert_intermediate_size": 32,
-    "ffn_hidden_size": 64,
-    "expert_ffn_hidden_size": 40,
-    "intermediate_size_mlp": 56,
-    "dense_intermediate_size": 64,
-    "mlp_hidden_size": 64,
-    "max_position_embeddings": 256,
-    "sliding_window": 8,
-    "attention_chunk_size": 16,
-    # experts
-    "num_experts": 6,
-    "num_local_experts": 6,
-    "n_routed_experts": 6,
-    "moe_num_experts": 6,
-    "num_experts_per_tok": 2,
-    "experts_per_token": 2,
-    "moe_top_k": 2,
-    "moe_topk": 2,
-    "moe_k": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "moe_num_shared_experts": 1,
-    "n_shared_experts": 1,
-    "num_shared_experts": 1,
-    "zero_expert_num": 2,
-    # latent attention
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "qk_head_dim": 12,
-    "v_head_dim": 8,
-    "index_n_heads": 2,
-    "index_head_dim": 16,
-    "index_topk": 64,
-    # linear attention
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    # per-layer inputs
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": _VOCABULARY,
-    "global_head_dim": 16,
-    "num_global_key_value_heads": KV_HEADS,
-    "swa_head_dim": _HEAD,
-    "swa_v_head_dim": _HEAD,
-    "swa_num_attention_heads": _HEADS,
-    "swa_num_key_value_heads": KV_HEADS,
-    "laurel_rank": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-_LAYERS = 4
-_LARGEST = 200_000_000
+_LARGEST = 50_000_000
+_NOT_CHOICES = ("architectures", "model_type", "transformers_version", "quantization_config", "dtype")
 
 
-def twin_config(kind: type[PretrainedConfig], changes: dict[str, Any] | None = None) -> PretrainedConfig:
-    """A small configuration of a type: its defaults with every known size made small.
+def twin_config(
+    kind: type[PretrainedConfig], changes: dict[str, Any] | None = None, shape: Shape = SHAPES[0]
+) -> PretrainedConfig:
+    """A small configuration of a type: its defaults with every known size made small, parts included.
 
     Args:
         kind: The configuration class.
-        changes: Fields to set otherwise.
+        changes: Fields to set otherwise. A dictionary for a part changes fields of that part.
+        shape: The sizes of the heads.
     """
-    defaults = kind()
-    fields = set(defaults.to_dict()) | set(getattr(kind, "attribute_map", {}))
-    small = {name: value for name, value in _SMALL.items() if name in fields}
-    small["num_hidden_layers"] = _LAYERS
-    mapped = getattr(kind, "attribute_map", {})
-    small = {name: value for name, value in small.items() if mapped.get(name) not in small}
-    types = getattr(defaults, "layer_types", None)
-    if types:
-        small["layer_types"] = _kinds(types)
-    parameters = getattr(defaults, "rope_parameters", None)
-    if isinstance(parameters, dict) and "mrope_section" in parameters:
-        small["rope_parameters"] = {**parameters, "mrope_section": [1, 1, 2]}
-    if "kv_lora_rank" in small:
-        small["num_key_value_heads"] = _HEADS
-        if "rope_interleave" in fields:
-            small["head_dim"] = _SMALL["qk_rope_head_dim"]
-    small |= changes or {}
-    return kind(**small)
+    return _small(kind, kind(), None, changes or {}, shape)
 
 
-def shrunk_config(config: PretrainedConfig) -> PretrainedConfig:
+def shrunk_config(config: PretrainedConfig, shape: Shape = SHAPES[0]) -> PretrainedConfig:
     """A small configuration with the choices of a given one: only its known sizes are made small."""
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    kind = type(text)
+    kind = type(config)
+    return _small(kind, kind(), config, {}, shape)
+
+
+def _small(
+    kind: type[PretrainedConfig],
+    defaults: PretrainedConfig,
+    own: PretrainedConfig | None,
+    changes: dict[str, Any],
+    shape: Shape,
+) -> PretrainedConfig:
+    mapped: dict[str, str] = getattr(kind, "attribute_map", {})
+    usual = defaults.to_dict()
+    values = usual if own is None else own.to_dict()
+    known = {name: value for name, value in sizes(shape).items() if name in values or name in mapped}
+    known = {
+        name: chosen(name, usual.get(mapped.get(name, name)), value)
+        for name, value in known.items()
+        if mapped.get(name) not in known and _settable(kind, name)
+    }
+    small = {} if own is None else _choices(own, defaults, known)
+    small |= known
+    small |= _layer_kinds(kind, own or defaults)
+    parameters = getattr(own or defaults, "rope_parameters", None)
+    if isinstance(parameters, dict) and "mrope_section" in parameters:
+        small["rope_parameters"] = {**parameters, "mrope_section": _sections(shape)}
+    if values.get("kv_lora_rank") is not None:
+        small["num_key_value_heads"] = shape.heads
+        if "rope_interleave" in values:
+            small["head_dim"] = small["qk_rope_head_dim"]
+    for name in getattr(kind, "sub_configs", {}):
+        part = getattr(own or defaults, name, None)
+        if isinstance(part, PretrainedConfig):
+            part_changes = changes.get(name)
+            small[name] = _small(
+                type(part),
+                type(part)() if own is not None else part,
+                part if own is not None else None,
+                part_changes if isinstance(part_changes, dict) else {},
+                shape,
+            )
+    whole = {
+        name: value
+        for name, value in changes.items()
+        if not isinstance(small.get(name), PretrainedConfig) or not isinstance(value, dict)
+    }
+    return kind(**small | whole)
+
+
+def _settable(kind: type[PretrainedConfig], name: str) -> bool:
+    """Whether a field is one of its own: a property is made from others, and some refuse to be set."""
+    name = getattr(kind, "attribute_map", {}).get(name, name)
+    return not isinstance(getattr(kind, name, None), property)
+
+
+def _sections(shape: Shape) -> list[int]:
+    """Rotary pairs of a head by time, height and width."""
+    pairs = shape.head // 2
+    return [pairs // 4, pairs // 4, pairs - 2 * (pairs // 4)]
+
+
+def _choices(own: PretrainedConfig, defaults: PretrainedConfig, known: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration that its type would set otherwise, sizes left out."""
+    usual = defaults.to_dict()
+    layers = getattr(own, "num_hidden_layers", None)
+    choices = {}
+    for name, value in own.to_dict().items():
+        if name in _NOT_CHOICES or (name in usual and usual[name] == value):
+            continue
+        if value is None and name in known:
+            # What a model does without is a choice too.
+            del known[name]
+        if name not in known and _settable(type(own), name):
+            choices[name] = _kinds(value) if isinstance(value, list) and len(value) == layers else value
+    for name in getattr(type(own), "sub_configs", {}):
+        choices.pop(name, None)
+    return choices
+
+
+def _layer_kinds(kind: type[PretrainedConfig], config: PretrainedConfig) -> dict[str, list[str]]:
+    """The lists that say what each layer is, made as short as the small model."""
+    found = {}
     mapped = getattr(kind, "attribute_map", {})
-    described = text.to_dict()
-    latent = "kv_lora_rank" in described
-    for name, value in _SMALL.items():
-        if name in described and name not in mapped and described[name] is not None:
-            described[name] = value
-    described["num_hidden_layers"] = _LAYERS
-    if latent:
-        described["num_key_value_heads"] = _HEADS
-    types = described.get("layer_types")
-    if types:
-        described["layer_types"] = _kinds(types)
-    if described.get("num_key_value_heads") == described.get("num_attention_heads"):
-        described.pop("num_key_value_groups", None)
-    for name in ("architectures", "model_type", "transformers_version", "quantization_config"):
-        described.pop(name, None)
-    return kind(**described)
+    for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
+        types = getattr(config, name, None)
+        if isinstance(types, list) and types and name not in mapped and _settable(kind, name):
+            found[name] = _kinds(types)
+    return found
 
 
-def _kinds(types: list[str]) -> list[str]:
-    """Layer types for a small model, all of the large one's kinds among them."""
-    kinds = list(dict.fromkeys(types))
-    return (kinds * _LAYERS)[:_LAYERS]
+def _kinds(types: list[Any]) -> list[Any]:
+    """Kinds of layers for a small model, all of the large one's among them."""
+    kinds = [kind for place, kind in enumerate(types) if kind not in types[:place]]
+    return (kinds * LAYERS)[:LAYERS]
 
 
 def make_twin(
@@ -150,23 +135,27 @@ def make_twin(
     """A model with random weights that are large enough for every part to matter.
 
     Raises:
-        ModelError: transformers has no causal language model of this configuration.
+        ModelError: transformers has no causal language model of this configuration, or it is not small.
     """
-    chosen: Any = kind
-    if chosen is None:
+    chosen_kind: Any = kind
+    if chosen_kind is None:
         with suppress(KeyError):
-            chosen = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if chosen is None:
+            chosen_kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if chosen_kind is None:
         message = f"{config.model_type}: no causal language model"
         raise ModelError(message)
+    text = config.get_text_config()
+    if chosen_kind.config_class is type(text):
+        # The class is the text model's, as `AutoModelForCausalLM` has it for a wrapper's configuration.
+        config = text
     with torch.device("meta"):
-        size = sum(each.numel() for each in chosen._from_config(config).parameters())  # noqa: SLF001  as below
+        size = sum(each.numel() for each in chosen_kind._from_config(config).parameters())  # noqa: SLF001  as below
     if size > _LARGEST:
         message = (
             f"{config.model_type}: its small model still has {size:,} parameters, more than {_LARGEST:,}"
         )
         raise ModelError(message)
-    model: Any = chosen._from_config(config, dtype=torch.float32)  # noqa: SLF001  no public name
+    model: Any = chosen_kind._from_config(config, dtype=torch.float32)  # noqa: SLF001  no public name
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tp_rs.errors import ModelError
 from tp_rs.integrations.transformers.communication import side_by_side
+from tp_rs.integrations.transformers.inputs import give_own_heads
 from tp_rs.integrations.transformers.layout import Collective, Kind, Layout
 from tp_rs.integrations.transformers.stub import Returns, watch
 
@@ -54,6 +57,7 @@ def wire(model: nn.Module, layout: Layout, link: Link, returns: Returns, *, one_
                 nn.Parameter(torch.zeros_like(parameter), requires_grad=False),
             )
     for attention in layout.attentions.values():
+        give_own_heads(model.get_submodule(attention.module), attention, link.rank)
         if any(not heads.queries for heads in attention.ranks):
             watch(model.get_submodule(attention.module), attention, link, returns)
 
@@ -90,10 +94,13 @@ def _apart(module: nn.Linear, link: Link) -> _Forward:
 
 def _row_parallel(place: _Place) -> _Forward:
     module, collective, link = place.module, place.collective, place.link
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, (nn.Linear, Conv1D)):
         message = f"{collective.module}: got {type(module).__name__}, wanted a linear layer"
         raise ModelError(message)
     forward = module.forward
+    if isinstance(module, Conv1D):
+        # Its own adds the bias before the sum, and fails on no columns.
+        forward = functools.partial(_product, module.weight)
     bias = module.bias
     module.register_parameter("bias", None)
     own = collective.ranks[link.rank] if collective.ranks else ()
@@ -109,6 +116,10 @@ def _row_parallel(place: _Place) -> _Forward:
         return total
 
     return run
+
+
+def _product(weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden @ weight
 
 
 def _gather(place: _Place) -> _Forward:
