@@ -66,11 +66,14 @@ impl Baton {
     }
 }
 
-/// A baton that was laid down; taken again when dropped.
-pub(crate) struct LaidDown<'a>(&'a Baton);
+/// A baton that was laid down by its holder; it waits for it and takes it again when dropped.
+#[must_use]
+#[derive(Debug)]
+pub struct LaidDown<'a>(&'a Baton);
 
 impl<'a> LaidDown<'a> {
-    pub(crate) fn new(baton: &'a Baton) -> Self {
+    /// Lays the baton down. Only for who holds it.
+    pub fn new(baton: &'a Baton) -> Self {
         baton.lay_down();
         Self(baton)
     }

@@ -29,9 +29,7 @@ mod sum;
 mod sync;
 mod view;
 
-pub(crate) use baton::LaidDown;
-
-pub use baton::Baton;
+pub use baton::{Baton, LaidDown};
 pub use communicator::{CommOptions, Communicator, Peers, Poll};
 pub use dtype::DType;
 pub use view::Tensor;

@@ -17,6 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from tp_rs.errors import InvalidInput, ModelError
 from tp_rs.integrations.transformers import gguf, quantized
+from tp_rs.integrations.transformers.mapped import MappedSource
 from tp_rs.integrations.transformers.sources import Source, TensorSource
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -116,7 +117,7 @@ def _from_folder(path: Path, dtype: torch.dtype | None) -> Checkpoint:
     dtype = dtype or _dtype_of(config)
 
     def read(_: PreTrainedModel) -> dict[str, Source]:
-        sources = _files(path, kept)
+        sources = _files(path, kept, dtype)
         return sources if settings is None else quantized.decode(sources, settings, dtype, path.name)
 
     return Checkpoint(
@@ -148,7 +149,7 @@ def _from_gguf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
     )
 
 
-def _files(path: Path, kept: list[Any]) -> dict[str, Source]:
+def _files(path: Path, kept: list[Any], dtype: torch.dtype) -> dict[str, Source]:
     index = path / "model.safetensors.index.json"
     if index.exists():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -163,7 +164,8 @@ def _files(path: Path, kept: list[Any]) -> dict[str, Source]:
         for name in names:
             file: Any = safe_open(str(path / name), framework="pt")
             kept.append(file)
-            sources.update({key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118  not a dict
+            for key in file.keys():  # noqa: SIM118  not a dict
+                sources[key] = MappedSource(file.get_slice(key), dtype)
         return sources
     tensors = {}
     for pickled in sorted(path.glob("pytorch_model*.bin")):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from tp_rs.errors import ModelError
+from tp_rs.integrations.transformers.mapped import forget, new_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,6 +26,9 @@ ARCHITECTURES = {
 }
 """Architectures whose tensors lie in a GGUF file as in the model, and whether llama.cpp's reordering of query
 and key rows has to be undone. Others transform weights while they are loaded."""
+
+_DECODED_AT_ONCE = 4 << 20
+"""Bytes in float32."""
 
 
 class GgufSource:
@@ -60,22 +64,36 @@ class GgufSource:
         start, end, _ = (
             slices[0].indices(self._shape[0]) if slices[0] is not Ellipsis else (0, self._shape[0], 1)
         )
-        low, high = (start, end) if not self._rows else self._whole_heads(start, end)
-        data = self._data[low:high]
-        first, last, skip = 0, 0, 0
-        if len(self._shape) > 1:
-            first, last, _ = (slices[1] if len(slices) > 1 else slice(None)).indices(self._shape[1])
-            skip = first // self._block * self._block
-            stop = -(-last // self._block) * self._block
-            data = self._columns(data, skip, stop)
-        if data.size == 0:
-            shape = [max(end - start, 0), *([last - first] if len(self._shape) > 1 else [])]
-            return torch.empty(shape, dtype=torch.float32)
-        values = np.array(self._dequantize(np.ascontiguousarray(data), self._kind), dtype=np.float32)
-        if self._rows:
-            values = self._restore(values)[start - low : end - low]
-        tensor = torch.from_numpy(values)
-        return tensor[:, first - skip : last - skip] if len(self._shape) > 1 else tensor
+        if len(self._shape) == 1:
+            return torch.from_numpy(np.array(self._dequantize(self._data[start:end], self._kind), np.float32))
+        first, last, _ = (slices[1] if len(slices) > 1 else slice(None)).indices(self._shape[1])
+        part = new_memory([max(end - start, 0), last - first], torch.float32)
+        if part.numel() == 0:
+            return part
+        self._decode(part, start, first)
+        return part
+
+    def _decode(self, part: torch.Tensor, start: int, first: int) -> None:
+        """Fill in the part that begins at a row and a column, some rows at a time.
+
+        Decoding makes several arrays of the size of what it decodes.
+        """
+        end, last = start + part.shape[0], first + part.shape[1]
+        skip, stop = first // self._block * self._block, -(-last // self._block) * self._block
+        low, high = self._whole_heads(start, end)
+        step = max(1, _DECODED_AT_ONCE // (4 * (stop - skip)))
+        step = -(-step // self._rows) * self._rows if self._rows else step
+        into = part.numpy()
+        for top in range(low, high, step):
+            data = np.ascontiguousarray(self._columns(self._data[top : min(top + step, high)], skip, stop))
+            values = np.asarray(self._dequantize(data, self._kind), dtype=np.float32)
+            if self._rows:
+                values = self._restore(values)
+            above, below = max(start, top), min(end, top + len(values))
+            into[above - start : below - start] = values[above - top : below - top, first - skip : last - skip]
+        if isinstance(self._data, np.memmap) and self._data.mode == "r":
+            read = self._data[low:high]
+            forget(read.ctypes.data, read.nbytes)
 
     def _columns(self, data: np.ndarray[Any, Any], start: int, stop: int) -> np.ndarray[Any, Any]:
         # Floats come as numbers, quantised tensors as bytes.
@@ -84,6 +102,8 @@ class GgufSource:
         return data[:, start:stop]
 
     def _whole_heads(self, start: int, end: int) -> tuple[int, int]:
+        if not self._rows:
+            return start, end
         return start // self._rows * self._rows, -(-end // self._rows) * self._rows
 
     def _restore(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
