@@ -120,7 +120,9 @@ def main() -> int:
     """Measure all cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=DEMO, help="a GGUF file")
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="of the safetensors checkpoint that is made")
+    parser.add_argument(
+        "--gigabytes", type=float, default=1.0, help="of the safetensors checkpoint that is made"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

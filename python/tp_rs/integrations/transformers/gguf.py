@@ -90,7 +90,9 @@ class GgufSource:
             if self._rows:
                 values = self._restore(values)
             above, below = max(start, top), min(end, top + len(values))
-            into[above - start : below - start] = values[above - top : below - top, first - skip : last - skip]
+            into[above - start : below - start] = values[
+                above - top : below - top, first - skip : last - skip
+            ]
         if isinstance(self._data, np.memmap) and self._data.mode == "r":
             read = self._data[low:high]
             forget(read.ctypes.data, read.nbytes)
