@@ -1,9 +1,9 @@
 """Measures how much host memory a load takes at its peak, in a process of its own for each case.
 
-The goal: no more than the bytes of the loaded model and of its largest tensor as it is read, which for GGUF means
-decoded to float32. What counts is resident memory, pages of mapped files included, over what the process held
-before. Needs torch, transformers and gguf, and Linux:
-`.venv-models/bin/python benches/load_memory.py [--model GGUF] [--gigabytes N] [--json]`.
+The goal: no more than the bytes of the loaded model and of its largest tensor as it is read, which for GGUF
+means decoded to float32. What counts is resident memory, pages of mapped files included, over what the
+process held before. Linux only:
+`python benches/load_memory.py [--model GGUF] [--gigabytes N] [--json]`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def write_checkpoint(folder: Path, hidden: int, vocabulary: int, gigabytes: floa
     }
     (folder / "config.json").write_text(json.dumps(config))
     ends = ("model.embed_tokens.weight", "lm_head.weight")
-    groups: list[dict[str, tuple[int, ...]]] = [{name: (vocabulary, hidden) for name in ends}]
+    groups: list[dict[str, tuple[int, ...]]] = [dict.fromkeys(ends, (vocabulary, hidden))]
     groups[0]["model.norm.weight"] = (hidden,)
     for first in range(0, layers, 2):
         numbers = range(first, min(first + 2, layers))
@@ -142,7 +142,7 @@ def main() -> int:
         else:
             sys.stderr.write(f"{options.model} is not there: `make run` fetches it. Going on without\n")
         for kind, path, dtype in cases:
-            done = subprocess.run(
+            done = subprocess.run(  # noqa: S603  this very file
                 [sys.executable, __file__, "--child", str(path), dtype, str(small)],
                 stdout=subprocess.PIPE,
                 check=True,

@@ -336,7 +336,9 @@ class TPContext(Buffers):
         import torch  # noqa: PLC0415
 
         return [
-            torch.cuda.ExternalStream(handle, device=device) if device != "cpu" else None
+            torch.cuda.ExternalStream(handle, device=device)  # type: ignore[no-untyped-call]
+            if device != "cpu"
+            else None
             for handle, device in zip(self.streams or [], self.devices, strict=False)
         ]
 

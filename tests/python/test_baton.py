@@ -62,7 +62,12 @@ def test_the_baton_is_taken_back_after_an_error() -> None:
     with baton:
         with pytest.raises(tp_rs.CollectiveTimeout):
             view.barrier()
-        other = threading.Thread(target=lambda: (baton.take(), baton.lay_down()))
+
+        def take_and_lay_down() -> None:
+            baton.take()
+            baton.lay_down()
+
+        other = threading.Thread(target=take_and_lay_down)
         other.start()
         other.join(0.1)
         assert other.is_alive()

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils import dlpack
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from tp_rs.errors import InvalidInput, TPError
 from tp_rs.integrations.transformers.cache import RankedCache
@@ -146,7 +147,7 @@ class _Runner:
 def _ordinary(value: Any) -> Any:
     """The same memory as tensors that may be changed in place: those of inference mode may not."""
     if isinstance(value, torch.Tensor):
-        return torch.from_dlpack(value) if value.is_inference() else value
+        return dlpack.from_dlpack(value) if value.is_inference() else value
     if isinstance(value, ModelOutput):
         for name, each in value.items():
             value[name] = _ordinary(each)

@@ -112,7 +112,7 @@ def load(
     return front
 
 
-def _check_context(checkpoint: Checkpoint, context: int | None, plan: SplitSource | None) -> None:
+def _check_context(checkpoint: Checkpoint, context: Any, plan: SplitSource | None) -> None:
     if context is None:
         return
     most = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)

@@ -23,8 +23,8 @@ _LARGE = 1 << 20
 class MappedSource:
     """A tensor of a safetensors file.
 
-    A part that can be used as it lies in the file stays there. Of any other a copy is made, and the file's pages
-    are given back: else they would count beside the copies until the model is unloaded.
+    A part that can be used as it lies in the file stays there. Of any other a copy is made, and the file's
+    pages are given back: else they would count beside the copies until the model is unloaded.
 
     Args:
         tensor: What safetensors gives.
@@ -72,8 +72,8 @@ def new_memory(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 def forget(start: int, size: int) -> None:
     """Give back the pages that lie wholly inside a range of a mapped file.
 
-    Who reads them again gets them from the file, so the range must be mapped and nobody may have written to it.
-    Does nothing where the system has no such call.
+    Who reads them again gets them from the file, so the range must be mapped and nobody may have written
+    to it. Does nothing where the system has no such call.
     """
     advise = _advise()
     page = mmap.PAGESIZE
