@@ -42,7 +42,7 @@ def wire(model: nn.Module, layout: Layout, link: Link, returns: Returns, *, one_
     lead = layout.lead()
     for module in model.modules():
         if _takes_long(module):
-            module.forward = _apart(module, link)  # type: ignore[method-assign]  as for the collectives below
+            module.forward = _apart(module, link)  # type: ignore[method-assign]
     for name, collective in layout.collectives.items():
         module = model.get_submodule(name)
         module.forward = _WRAPPERS[collective.kind](_Place(module, collective, link, lead, one_router))
