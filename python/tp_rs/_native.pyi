@@ -5,6 +5,7 @@ from os import PathLike
 from typing import Any, Final, Literal, final
 
 __all__ = [
+    "Baton",
     "Communicator",
     "CudaDevice",
     "ModelShape",
