@@ -151,15 +151,15 @@ def test_dtypes(dtype):
     model = make_twin(small("qwen3" if dtype is torch.float64 else "qwen3_moe"))
     ids, mask = selfcheck.prompt(model)
     exact = selfcheck.steps(model, ids, mask)
-    whole = copy.deepcopy(model).to(dtype)
-    rounding = [
-        (own.float() - each).pow(2).mean().sqrt()
-        for own, each in zip(selfcheck.steps(whole, ids, mask), exact, strict=True)
-    ]
     front = load(model, plan=selfcheck.uneven(model.config, [2, 1]), dtype=dtype, check=False)
     assert front.dtype is dtype
-    for own, each, error in zip(selfcheck.steps(front, ids, mask), exact, rounding, strict=True):
-        assert (own.float() - each).pow(2).mean().sqrt() <= 2 * error + 1e-5
+    errors = []
+    for each in (front, copy.deepcopy(model).to(dtype)):
+        rounded = selfcheck.steps(each, ids, mask)
+        off = [(one.float() - true).flatten() for one, true in zip(rounded, exact, strict=True)]
+        errors.append(torch.cat(off).pow(2).mean().sqrt())
+    # Rounded otherwise, a token may get other experts; a wrong sum would be off by whole logits.
+    assert errors[0] <= 3 * errors[1] + 1e-5
     front.unload()
 
 
@@ -223,14 +223,14 @@ def test_refusals(model, front):
 
 def test_unloading(model):
     front = load(model, plan=SPLITS, check=False)
-    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("tp_rs rank")]
+    threads = front.tp_rs_runner.ranks.threads
+    assert [thread.is_alive() for thread in threads] == [True] * 3
     weight = weakref.ref(front.tp_rs_runner.models[0].model.layers[0].mlp.up_proj.weight)
     front.unload()
     front.unload()
     gc.collect()
     assert weight() is None
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("tp_rs rank")]
-    assert len(left) == len(names) - 3
+    assert not any(thread.is_alive() for thread in threads)
     with pytest.raises(TPError, match="unloaded"):
         front(input_ids=torch.ones(1, 2, dtype=torch.long))
 

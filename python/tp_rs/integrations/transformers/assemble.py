@@ -15,7 +15,7 @@ from tp_rs.integrations.transformers.conversion import Conversion
 from tp_rs.integrations.transformers.execution import Ranks
 from tp_rs.integrations.transformers.front import make_front
 from tp_rs.integrations.transformers.layout import Guesses
-from tp_rs.integrations.transformers.loader import load_rank, make_skeleton
+from tp_rs.integrations.transformers.loader import load_rank, make_skeleton, out_of_memory
 from tp_rs.integrations.transformers.rules import make_layout
 from tp_rs.integrations.transformers.sources import Counter
 from tp_rs.integrations.transformers.wire import wire
@@ -72,17 +72,18 @@ def assemble(
     """
     conversion = Conversion(skeleton, checkpoint.read(skeleton))
     models: list[PreTrainedModel] = []
-    for rank, device in enumerate(devices):
-        try:
-            models.append(
-                load_rank(
-                    checkpoint, conversion, layout, rank, device=device, counter=Counter(rank, progress)
-                )
-            )
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            models.clear()
-            message = f"rank {rank}: {device} ran out of memory while loading; give it a smaller share"
-            raise DoesNotFit(message) from error
+    rank = 0
+    try:
+        for rank, device in enumerate(devices):
+            counter = Counter(rank, progress)
+            models.append(load_rank(checkpoint, conversion, layout, rank, device=device, counter=counter))
+    except BaseException as error:
+        # The traceback would keep them for as long as the caller looks at it.
+        models.clear()
+        if not out_of_memory(error):
+            raise
+        message = f"rank {rank}: {devices[rank]} ran out of memory while loading; give it a smaller share"
+        raise DoesNotFit(message) from error
     with ExitStack() as cleanup:
         ranks = Ranks(communicator or Communicator(devices, TIMEOUT))
         cleanup.callback(ranks.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -88,7 +89,8 @@ def _from_model(model: PreTrainedModel, dtype: torch.dtype | None) -> Checkpoint
     sources: dict[str, Source] = {name: TensorSource(tensor) for name, tensor in model.state_dict().items()}
     return Checkpoint(
         name=type(model).__name__,
-        config=model.config,
+        # Building a model of another dtype notes that dtype in its configuration.
+        config=copy.deepcopy(model.config),
         kind=type(model),
         dtype=dtype or model.dtype,
         read=lambda _: sources,

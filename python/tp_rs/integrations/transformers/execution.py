@@ -67,14 +67,14 @@ class Ranks:
         baton = Baton(count)
         self._links = [Link(rank, communicator, baton) for rank in range(count)]
         self._jobs: list[_Jobs] = [queue.SimpleQueue() for _ in self._links]
-        self._threads = [
+        self.threads = [
             threading.Thread(
                 target=_work, args=(link, communicator, jobs), name=f"tp_rs rank {link.rank}", daemon=True
             )
             for link, jobs in zip(self._links, self._jobs, strict=True)
         ]
         weakref.finalize(self, _end, self._jobs)
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
         self._divide_threads(threads)
 
@@ -82,7 +82,7 @@ class Ranks:
         with _setting_threads:
             callers = torch.get_num_threads()
             own = threads or max(1, callers // len(self._links))
-            self.run(lambda _: torch.set_num_threads(own))
+            self.run(lambda _: _set_threads(own))
             # The last number that anybody set is what new threads begin with.
             torch.set_num_threads(callers)
 
@@ -131,8 +131,14 @@ class Ranks:
         with self._calls:
             self._closed = True
             _end(self._jobs)
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join()
+
+
+def _set_threads(count: int) -> None:
+    # A thread's first question or operation gives it the number of all; what was set before that is lost.
+    torch.get_num_threads()
+    torch.set_num_threads(count)
 
 
 def _end(jobs: list[_Jobs]) -> None:

@@ -118,6 +118,16 @@ class _Runner:
             )
             raise InvalidInput(message)
 
+    def check_room(self, generation: Any) -> None:
+        """Refuse a generation that could run into the limit, before it has cost anything."""
+        most = generation.max_length
+        if self.limit is not None and isinstance(most, int) and most > self.limit:
+            message = (
+                f"max_new_tokens: with it the sequence may get {most} tokens, and the model was loaded for "
+                f"{self.limit}; ask for {most - self.limit} fewer, or load with a larger context"
+            )
+            raise InvalidInput(message)
+
     def check_loaded(self) -> None:
         self.ranks.check_open()
         if self.context is not None and self.context.ext_tp_context is None:
@@ -184,6 +194,7 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:  # noqa: C901  one function f
                 "spread over ranks. Use 'dynamic' or 'static'"
             )
             raise InvalidInput(message)
+        self.tp_rs_runner.check_room(generation_config)
         result = whole._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **named)  # noqa: SLF001  what generate calls
         for name in _CACHES:
             if isinstance(model_kwargs.get(name), Cache):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tp_rs.integrations.transformers.conversion import Conversion
     from tp_rs.integrations.transformers.layout import Layout
 
-__all__ = ["load_rank", "make_skeleton"]
+__all__ = ["load_rank", "make_skeleton", "out_of_memory"]
 
 _log = logging.getLogger("tp_rs.transformers")
 
@@ -66,11 +66,22 @@ def load_rank(
                 output_loading_info=True,
             )
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             message = f"{checkpoint.name}: rank {rank} could not be loaded: {error}"
             raise ModelError(message) from error
     _check(checkpoint, report)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. On the CPU torch says so in words only."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(
+        words in str(error) for words in ("can't allocate memory", "Cannot allocate memory", "out of memory")
+    )
 
 
 @contextmanager
