@@ -86,7 +86,7 @@ def test_a_context_that_is_unloaded_under_the_model(model, folder):
     front.unload()
 
 
-def test_plans_that_cannot_be_used(model, folder, tmp_path):
+def test_plans_that_cannot_be_used(model, folder):
     other = make_twin(small("llama"))
     config = copy.deepcopy(other.config)
     config.num_hidden_layers += 1
@@ -141,7 +141,9 @@ def test_the_callers_model_is_not_touched(model, dtype):
     [
         MemoryError("no memory"),
         torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
     ],
     ids=lambda failure: type(failure).__name__,
 )
@@ -187,7 +189,7 @@ def test_more_than_the_context_is_refused_before_it_costs_anything(model, folder
     calls = []
     forward = front.tp_rs_runner.run
     front.tp_rs_runner.run = lambda *args: calls.append(args) or forward(*args)
-    with pytest.raises(InvalidInput, match="may get 21 tokens.* loaded for 20; ask for 1 fewer"):
+    with pytest.raises(InvalidInput, match=r"may get 21 tokens.* loaded for 20; ask for 1 fewer"):
         front.generate(input_ids=ids, max_new_tokens=6, **options)
     with pytest.raises(InvalidInput, match="loaded for 20"):
         front.generate(input_ids=torch.randint(3, 90, (1, 30)), max_new_tokens=6, **options)
@@ -225,7 +227,7 @@ def test_interrupts_at_any_moment_of_generating(model, folder):
     front.unload()
 
 
-def test_unloading_during_use_is_a_clear_error(model, folder):
+def test_unloading_during_use_is_a_clear_error(folder):
     front = tp_rs.load(folder, [1.0, 1.0], CPUS)
     ranks = front.tp_rs_runner.ranks
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from tp_rs._native import Communicator
 from tp_rs.errors import DoesNotFit
 from tp_rs.integrations.transformers.conversion import Conversion
@@ -21,6 +19,7 @@ from tp_rs.integrations.transformers.sources import Counter
 from tp_rs.integrations.transformers.wire import wire
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from tp_rs.integrations.transformers.checkpoint import Checkpoint
