@@ -139,6 +139,15 @@ def settle(twin: PreTrainedModel, shares: Sequence[Sequence[int]]) -> Settled:
     raise ModelError(message)
 
 
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of a model in another dtype."""
+    copied: Any = copy.deepcopy(model)
+    # Grouped products of experts take no float64.
+    copied.set_experts_implementation("eager")
+    made: PreTrainedModel = copied.to(dtype)
+    return made
+
+
 def as_saved(model: PreTrainedModel, dtype: torch.dtype) -> Checkpoint:
     """A checkpoint that has a tied parameter once, as a file does."""
     checkpoint = open_checkpoint(model, dtype)
@@ -259,8 +268,7 @@ def compare(
         dtype: Of weights and activations.
     """
     if model.dtype != dtype:
-        copied: Any = copy.deepcopy(model)
-        model = copied.to(dtype)
+        model = in_dtype(model, dtype)
     ids, mask = prompt(model)
     whole = steps(model, ids, mask)
     skeleton, layout = _decided(model, kv, guesses)
