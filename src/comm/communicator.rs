@@ -103,9 +103,9 @@ fn on_cuda(devices: &[Device], options: &CommOptions) -> Result<Box<dyn Backend>
 
 #[cfg(not(feature = "cuda"))]
 fn on_cuda(devices: &[Device], _options: &CommOptions) -> Result<Box<dyn Backend>> {
-    let first = devices.iter().find(|device| **device != Device::Cpu).unwrap_or(&Device::Cpu);
+    let names: Vec<_> = devices.iter().map(ToString::to_string).collect();
     let wanted = "\"cpu\" for every rank: this build of the crate is without the feature `cuda`";
-    Err(Error::invalid("devices", first, wanted))
+    Err(Error::invalid("devices", format!("{names:?}"), wanted))
 }
 
 impl Communicator {

@@ -134,7 +134,7 @@ def test_what_does_not_fit_the_split_is_refused() -> None:
             torch.empty(2, 2, device="meta"),
             torch.tensor(1.0),
             3,
-            torch.zeros(2, dtype=torch.long),
+            torch.zeros(2, dtype=torch.int16),
         ]
         for source in sources:
             with pytest.raises(tp_rs.InvalidInput, match="wanted"):

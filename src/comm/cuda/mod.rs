@@ -76,10 +76,11 @@ impl Cuda {
         }
         let mut indices: Vec<u32> = Vec::new();
         let mut seats = Vec::with_capacity(devices.len());
-        for (rank, device) in devices.iter().enumerate() {
+        for device in devices {
             let Device::Cuda(index) = device else {
+                let names: Vec<_> = devices.iter().map(ToString::to_string).collect();
                 let wanted = "ranks on CUDA devices only, or on host memory only";
-                return Err(Error::invalid(format!("devices[{rank}]"), device, wanted));
+                return Err(Error::invalid("devices", format!("{names:?}"), wanted));
             };
             let seat = indices.iter().position(|known| known == index).unwrap_or_else(|| {
                 indices.push(*index);
