@@ -171,6 +171,18 @@ fn balanced_is_never_worse_than_the_reference_on_its_recorded_cases() {
     assert!(compared > 100 && better > 50 && only_balanced > 5, "{compared} {better} {only_balanced}");
 }
 
+/// 696 tokens fit here, which the question whether any split fits had missed and the search for the fastest found.
+#[test]
+fn the_largest_context_is_not_a_token_short() {
+    let shape = published("llama-3-8b");
+    let budgets = cards(&[5.429_948_141_183_102, 11.161_688_419_059_033]);
+    let at =
+        |context| plan(&shape, &budgets, &Options { context, chunk: 1197, ..Options::default() }).unwrap();
+    let largest = at(Context::Max);
+    assert!(largest.fits);
+    assert!(!at(Context::Tokens(largest.context + 1)).fits);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 

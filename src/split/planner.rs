@@ -127,6 +127,8 @@ impl Planner<'_> {
         if let Some(error) = failed {
             return Err(error);
         }
+        let fixed = check_shares(&self.workload(1, self.chunk()), self.budgets, self.options)?;
+        let context = self.at_the_edge(&fixed, context);
         if context == 0 {
             let plan = self.at(1)?;
             return match plan.shortfall {
@@ -145,6 +147,21 @@ impl Planner<'_> {
         if self.options.strategy == Strategy::ExLlamaV2 {
             return self.reference(workload, context);
         }
+        let balanced = match self.solved(workload, fixed, context) {
+            Some(balanced) => balanced,
+            None => self
+                .nearest(workload, fixed)
+                .and_then(|extra| self.solve(workload, fixed, extra, None))
+                .ok_or_else(|| {
+                    let got = format!("{} ranks", self.budgets.len());
+                    Error::invalid("gpu_split", got, "budgets that some split of this model could ever use")
+                })?,
+        };
+        self.complete(workload, balanced)
+    }
+
+    /// The fastest split that fits, if one is found.
+    fn solved(&self, workload: &Workload, fixed: &FixedSteps, context: u64) -> Option<Balanced> {
         // The reference's split is one more candidate: the answer is then never slower than it.
         let plain = self.options.shares == super::ExplicitShares::default();
         let known = if plain { self.reference(workload, context).ok() } else { None };
@@ -155,23 +172,37 @@ impl Planner<'_> {
             experts: None,
             vc: clipped(splits.vc, workload.vocabulary.total),
         });
+        self.solve(workload, fixed, 0, known.as_ref())
+    }
+
+    fn solve(
+        &self,
+        workload: &Workload,
+        fixed: &FixedSteps,
+        extra: u64,
+        known: Option<&Balanced>,
+    ) -> Option<Balanced> {
         let unshared = Options { duplicate_kv: false, ..self.options.clone() };
-        let solve = |extra: u64, known: Option<&Balanced>| {
-            // Whole heads are a part of what sharing allows, and a smaller search: a start that is never worse.
-            let whole = balance::solve(workload, self.budgets, &unshared, fixed, extra, known);
-            if !self.options.duplicate_kv {
-                return whole;
-            }
-            balance::solve(workload, self.budgets, self.options, fixed, extra, whole.as_ref())
+        // Whole heads are a part of what sharing allows, and a smaller search: a start that is never worse.
+        let whole = balance::solve(workload, self.budgets, &unshared, fixed, extra, known);
+        if !self.options.duplicate_kv {
+            return whole;
+        }
+        balance::solve(workload, self.budgets, self.options, fixed, extra, whole.as_ref())
+    }
+
+    /// `context`, or a little beyond it: the full search finds splits at the very edge of the memory that the question
+    /// whether any fits has missed.
+    fn at_the_edge(&self, fixed: &FixedSteps, mut context: u64) -> u64 {
+        let more = |context: u64| {
+            let workload = self.workload(context, self.chunk());
+            self.options.strategy == Strategy::Balanced && self.solved(&workload, fixed, context).is_some()
         };
-        let balanced = match solve(0, known.as_ref()) {
-            Some(balanced) => balanced,
-            None => self.nearest(workload, fixed).and_then(|extra| solve(extra, None)).ok_or_else(|| {
-                let got = format!("{} ranks", self.budgets.len());
-                Error::invalid("gpu_split", got, "budgets that some split of this model could ever use")
-            })?,
-        };
-        self.complete(workload, balanced)
+        let beyond = context.saturating_add(EDGE).min(self.longest());
+        while context > 0 && context < beyond && more(context + 1) {
+            context += 1;
+        }
+        context
     }
 
     /// The least number of bytes, to a MiB, that every rank would need more for some split to fit.
@@ -267,7 +298,7 @@ impl Planner<'_> {
         let fits = |context: u64| {
             known.is_some_and(|known| context <= known) || self.fits(splits, fixed, context, self.chunk())
         };
-        largest(self.longest().max(known.unwrap_or(1)), fits)
+        self.at_the_edge(fixed, largest(self.longest().max(known.unwrap_or(1)), fits))
     }
 
     fn notes(&self, workload: &Workload, splits: &Splits, context: u64) -> Vec<String> {
@@ -325,6 +356,9 @@ fn clipped(split: Split, end: u64) -> Split {
     });
     Split(shares.filter(|share| share.start < share.end).collect())
 }
+
+/// Tokens beyond which the full search is not asked any more.
+const EDGE: u64 = 64;
 
 /// The largest of `1..=most` for which `fits` holds, 0 if there is none; `fits` must not hold again once it fails.
 fn largest(most: u64, mut fits: impl FnMut(u64) -> bool) -> u64 {
