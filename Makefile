@@ -87,10 +87,12 @@ wheel: .venv/.requirements ## A wheel for glibc 2.28 and later, in dist/
 	$(UV) run --no-project --python $(BIN)/python --with-requirements requirements/wheel.txt -- \
 	  maturin build --release --locked --zig --compatibility manylinux_2_28 --out dist
 
-bench: .venv/.installed ## Time the planner and the communicator, from Rust and from Python, beside what they compare with
+bench: .venv/.installed $(DEMO) ## Time planner, communicator and decoding, beside what they compare with; measure a load
 	cargo bench --locked --no-default-features
 	$(BIN)/python benches/reference_arithmetic.py
 	$(BIN)/python benches/collectives.py
+	$(BIN)/python benches/decode.py
+	$(BIN)/python benches/load_memory.py
 
 fuzz: .tools/bin/cargo-fuzz ## Fuzz every reader, FUZZ_RUNS inputs each (needs a nightly toolchain)
 	for target in $$(PATH="$(CURDIR)/.tools/bin:$$PATH" cargo +nightly fuzz list); do \

@@ -93,7 +93,8 @@ def measure(path: str, dtype: str, warm_up: str) -> dict[str, Any]:
 
     import tp_rs  # noqa: PLC0415
 
-    transformers.logging.set_verbosity_error()
+    logs: Any = transformers.logging
+    logs.set_verbosity_error()
 
     def load(path: str) -> Any:
         plan = tp_rs.plan(path, [64.0, 64.0], devices=["cpu", "cpu"], context=256)

@@ -31,3 +31,20 @@ def test_they_work_where_neither_is_installed(config_file: Path) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config_file.write_text(json.dumps({**config, "num_hidden_layers": 2}), encoding="utf-8")
     run("import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\n" + WORK, config_file)
+
+
+def test_load_says_what_it_needs(config_file: Path) -> None:
+    for missing in ("torch", "transformers"):
+        code = f"""
+import sys
+sys.modules[{missing!r}] = None
+import tp_rs
+try:
+    tp_rs.load(sys.argv[1])
+except ImportError as error:
+    assert "pip install 'tp_rs[transformers]'" in str(error), error
+    assert error.name.partition(".")[0] == {missing!r}, error.name
+else:
+    raise AssertionError
+"""
+        run(code, config_file)
