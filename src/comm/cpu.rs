@@ -2,10 +2,10 @@
 
 use super::backend::Backend;
 use super::check::{self, Refusal};
-use super::communicator::{CommOptions, Poll};
 use super::job::{Job, jobs};
 use super::meeting::{Decision, Meeting};
 use super::operation::{Operation, Pair};
+use super::options::{CommOptions, Poll};
 use super::sum;
 use crate::device::{Device, Stream};
 use crate::error::Result;

@@ -24,14 +24,16 @@ pub mod dtype;
 mod job;
 mod meeting;
 mod operation;
+mod options;
 mod ranks;
 mod sum;
 mod sync;
 mod view;
 
 pub use baton::{Baton, LaidDown};
-pub use communicator::{CommOptions, Communicator, Peers, Poll};
+pub use communicator::Communicator;
 pub use dtype::DType;
+pub use options::{CommOptions, Peers, Poll};
 pub use view::Tensor;
 
 pub use crate::device::{Device, Stream};

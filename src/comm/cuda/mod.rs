@@ -21,8 +21,8 @@ use self::layout::{DISAGREED, MOST_BLOCKS, MOST_RANKS, Status, TIMED_OUT, TOLD_B
 use self::setup::{Rooms, Seats};
 use super::backend::Backend;
 use super::check;
-use super::communicator::CommOptions;
 use super::operation::{Operation, Pair};
+use super::options::CommOptions;
 use crate::device::cuda::{Event, OwnStream, capturing};
 use crate::device::{Device, Stream};
 use crate::error::{Error, Result};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::kernels::Machine;
 use super::layout::{INBOX_BYTES, MOST_RANKS, Rank, Status};
-use crate::comm::communicator::Peers;
+use crate::comm::options::Peers;
 use crate::device::cuda::{Connections, DeviceMemory, PinnedMemory, Prover, connect, write};
 use crate::error::Result;
 
