@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-$(mktemp -d)}
 mkdir -p "$out"
 python=${PYTHON:-python3}
-export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD/tests/python/gpu
+export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD/tests/python:$PWD/tests/python/gpu
 declare -A verdict
 pytest=("$python" -m pytest -q --import-mode=importlib -p no:cacheprovider -c tests/python/gpu/pytest.ini
   --rootdir tests/python/gpu --confcutdir tests/python/gpu)

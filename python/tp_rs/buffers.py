@@ -25,8 +25,9 @@ class Buffers(Splits):
     pinned_temp: list[torch.Tensor] | None
     _scratch: list[Scratch]
 
-    def _live(self, call: str, buffer: int = 0) -> _native.Communicator:
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        def _live(self, call: str, buffer: int = 0) -> _native.Communicator: ...
 
     def get_pinned(
         self, buffer: int, batch_size: int, q_len: int, dim: int, dtype: torch.dtype | None = None

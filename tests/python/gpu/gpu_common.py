@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import tp_rs
+from tensors import split_of as split_of  # noqa: PLC0414  for the tests beside
 
 FLOATS = [
     torch.float64,
@@ -87,13 +88,3 @@ def each_rank(
     torch.cuda.synchronize()
     comm.check()
     return results
-
-
-def split_of(shares: Sequence[int]) -> list[tuple[int, int, int]]:
-    """A split from one width a rank."""
-    split, start = [], 0
-    for rank, share in enumerate(shares):
-        if share:
-            split.append((rank, start, start + share))
-        start += share
-    return split
