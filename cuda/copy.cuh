@@ -78,8 +78,8 @@ __device__ __noinline__ void copy_rows(const Rows &rows) {
     }
 }
 
-// Every rank that gets anything takes the columns of every rank that gives, straight from its tensor. Columns are
-// counted in bytes here.
+// Every rank that gets anything takes the columns of every rank that gives and is in its reach, straight from its
+// tensor. Columns are counted in bytes here.
 __device__ __forceinline__ void take_direct(const Call &call, const Meeting &meeting) {
     if (!call.gets()) return;
 #pragma unroll 1
@@ -88,6 +88,8 @@ __device__ __forceinline__ void take_direct(const Call &call, const Meeting &mee
         const u32 peer = (call.rank()->rank + hop) % call.rank()->ranks;
         if (!meeting.gives(peer) || call.width(peer) == 0) continue;
         const Peer &about = meeting.peers[peer];
+        const bool here = peer == call.rank()->rank;
+        if (!here && ((call.rank()->reaches >> peer & 1) == 0 || (about.role & PLAIN) == 0)) continue;
         Rows rows;
         rows.to = call.me().output + call.begin[peer];
         rows.to_stride = call.me().output_stride;

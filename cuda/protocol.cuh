@@ -20,8 +20,8 @@ constexpr u32 THREADS = 512;
 // What a rank brings (Call::role, Letter::role).
 constexpr u32 GIVES = 1;
 constexpr u32 GETS = 2;
-// Every peer can read and write this rank's tensors where they are.
-constexpr u32 REACHABLE = 4;
+// The rank's tensors lie in memory that every peer with access to the device can use.
+constexpr u32 PLAIN = 4;
 
 // Why a communicator stopped (Status::state).
 constexpr u32 TIMED_OUT = 1;
@@ -50,24 +50,28 @@ struct Inbox {
     u64 finished[MOST_BLOCKS];   // sequence number: the writer's block needs nothing of the reader any more
     u64 staged[MOST_BLOCKS];     // sequence number << 24 | chunks that the writer's block has staged
     u64 consumed[MOST_BLOCKS];   // the same for chunks of the reader that the writer's block is done with
+    u64 summed[MOST_BLOCKS];     // the same for chunks that the writer's block has summed
     u32 stop;                    // the writer stopped
     u32 unused[31];
     // Behind it: two areas for the data of small sums, each twice as large as the data.
 };
 
-// One rank. Everything up to `unused` is constant.
+// One rank. Everything up to `sequence` is constant.
 struct Rank {
     u32 rank;
     u32 ranks;
-    u32 chunk_bytes;             // of one slot of one block; a multiple of 16
-    u32 slots;
+    u32 slot_bytes;              // of one slot of one block; a multiple of 16
+    u32 slots;                   // of one block; at least 3
     u64 small_bytes;             // the largest tensor that is pushed
     Inbox *out[MOST_RANKS];      // written by this rank, read by that one
     Inbox *in[MOST_RANKS];       // written by that rank, read by this one
     u8 *stage[MOST_RANKS];       // each rank's staging memory, as this rank sees it
     Status *status;
     const u32 *stop;             // set by the host
-    u64 unused;
+    u16 reaches;                 // a bit for each rank whose memory this one reads and writes
+    u16 reached;                 // a bit for each rank that reads and writes this one's memory
+    u16 connected;               // whether all ranks reach all others
+    u16 staging_blocks;          // that have slots
     u64 sequence;                // operations that are done; 32 bits would be full within a day
     u32 leaving;                 // blocks of the running one that are done
     u32 broken;
@@ -156,6 +160,9 @@ __device__ __forceinline__ void store_volatile(uint4 *at, uint4 value) {
                  : "memory");
 }
 
+// A release and an acquire order also what the other threads of a block wrote before a barrier with the thread that
+// makes them, or read after one (they are cumulative). A fence in every thread would do no more and takes far longer:
+// fences of the system are served one by one where writes to host memory are under way.
 __device__ __forceinline__ u64 load_acquire(const u64 *at) {
     u64 value;
     asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
@@ -265,6 +272,21 @@ template <bool ADDRESSES> __device__ __forceinline__ u64 announce(const Call &ca
     return whole;
 }
 
+// Lets one thread of a warp look until `part` is there, before the others look for theirs. Where that is in host memory,
+// looks of all would fill the link and delay what they wait for.
+__device__ __forceinline__ void look_alone(Patience &patience, const uint4 *part, u32 sequence, u32 peer) {
+    const u32 together = __activemask();
+    u32 lane;
+    asm("mov.u32 %0, %laneid;" : "=r"(lane));
+    if (lane == 31 - __clz(together)) {
+        for (;;) {
+            const uint4 value = load_volatile(part);
+            if ((value.y == sequence && value.w == sequence) || patience.over(peer)) break;
+        }
+    }
+    __syncwarp(together);
+}
+
 // Reads one part of a letter once it is there.
 __device__ __forceinline__ bool receive(Patience &patience, const uint4 *part, u32 sequence, u32 peer,
                                         uint4 &value) {
@@ -309,10 +331,10 @@ template <bool ADDRESSES> __device__ __noinline__ bool meet(const Call &call, u6
             about.stride = stride.x | (u64)stride.z << 32;
             about.role = came ? what.z : 0;
             if (!came) meeting.alive = false;
+            // What peers wrote before their letters is read after it. Pushed data needs no such order.
+            if (ADDRESSES) __threadfence_system();
         }
     }
-    // What peers wrote before their letters is read after it. Pushed data needs no such order.
-    if (ADDRESSES) __threadfence_system();
     __syncthreads();
     return meeting.alive;
 }
@@ -329,7 +351,6 @@ __device__ __noinline__ bool wait_for(const Call &call, const u64 *flag, u64 lea
 // Waits until no peer needs this block's memory any more and all that peers write here has been written.
 __device__ __noinline__ bool part(const Call &call, Meeting &meeting) {
     Rank *rank = call.rank();
-    __threadfence_system();
     __syncthreads();
     const u32 peer = threadIdx.x;
     if (peer < rank->ranks && peer != rank->rank && meeting.present(peer)) {

@@ -7,17 +7,17 @@
 // Up to so many bytes are added by one thread at a time.
 constexpr u32 WIDE = 16;
 
-// Where the linear element `index` of a tensor lies.
-template <class Bits> __device__ __forceinline__ Bits *element(u64 data, u64 columns, u64 stride, u64 index) {
-    // Without gaps between rows, or with one row only, there is nothing to divide.
-    const u64 offset = columns == stride ? index : index / columns * stride + index % columns;
-    return (Bits *)data + offset;
+// Where the element `index` of rows of `columns` lies whose beginnings are `stride` apart. Not inlined: it divides, which
+// is long, and is needed where there are gaps between rows only.
+__device__ __noinline__ u64 scattered(u64 index, u64 columns, u64 stride) {
+    const u64 row = index / columns;
+    return row * stride + (index - row * columns);
 }
 
-template <class T> union Chunk {
-    uint4 vector;
-    typename T::Bits elements[WIDE / sizeof(typename T::Bits)];
-};
+// Where the linear element `index` of a tensor lies.
+template <class Bits> __device__ __forceinline__ Bits *element(u64 data, u64 columns, u64 stride, u64 index) {
+    return (Bits *)data + (columns == stride ? index : scattered(index, columns, stride));
+}
 
 // Eight bytes of a tensor, from its element `first` on; what lies behind its end is zero.
 template <class T> struct Eight {
@@ -32,11 +32,13 @@ template <class T> struct Eight {
             vector = *element<uint2>(view.data, view.columns / COUNT, view.stride / COUNT, first / COUNT);
             return;
         }
-        for (u32 i = 0; i < COUNT; ++i) {
-            elements[i] = first + i < total
-                              ? *element<typename T::Bits>(view.data, view.columns, view.stride, first + i)
-                              : (typename T::Bits)0;
+        u64 word = 0;
+#pragma unroll 1
+        for (u32 i = 0; i < COUNT && first + i < total; ++i) {
+            const u64 bits = *element<typename T::Bits>(view.data, view.columns, view.stride, first + i);
+            word |= bits << (8 * sizeof(typename T::Bits) * i);
         }
+        vector = make_uint2((u32)word, (u32)(word >> 32));
     }
 
     __device__ __forceinline__ void store(const View &view, u64 first, u64 total, bool aligned) const {
@@ -44,10 +46,11 @@ template <class T> struct Eight {
             *element<uint2>(view.data, view.columns / COUNT, view.stride / COUNT, first / COUNT) = vector;
             return;
         }
-        for (u32 i = 0; i < COUNT; ++i) {
-            if (first + i < total) {
-                *element<typename T::Bits>(view.data, view.columns, view.stride, first + i) = elements[i];
-            }
+        const u64 word = (u64)vector.y << 32 | vector.x;
+#pragma unroll 1
+        for (u32 i = 0; i < COUNT && first + i < total; ++i) {
+            *element<typename T::Bits>(view.data, view.columns, view.stride, first + i) =
+                (typename T::Bits)(word >> (8 * sizeof(typename T::Bits) * i));
         }
     }
 };
@@ -72,6 +75,7 @@ template <class T> __device__ __forceinline__ void all_reduce_small(const Call &
                           7) == 0;
 
     if (call.gives()) {
+#pragma unroll 1
         for (u64 pack = mine; pack < packs; pack += step) {
             Eight<T> own;
             own.load(view, pack * count, total, aligned);
@@ -87,6 +91,7 @@ template <class T> __device__ __forceinline__ void all_reduce_small(const Call &
     bool alive = meet<false>(call, whole, meeting);
     if (alive && call.gets()) {
         Patience patience(call);
+#pragma unroll 1
         for (u64 pack = mine; alive && pack < packs; pack += step) {
             Pack<T, 8> sum;
             bool first = true;
@@ -98,7 +103,9 @@ template <class T> __device__ __forceinline__ void all_reduce_small(const Call &
                     part.load(view, pack * count, total, aligned);
                 } else {
                     uint4 words;
-                    alive = receive(patience, (const uint4 *)((u8 *)rank->in[peer] + area) + pack, sequence, peer, words);
+                    const uint4 *pushed = (const uint4 *)((u8 *)rank->in[peer] + area) + pack;
+                    if ((rank->reached >> peer & 1) == 0) look_alone(patience, pushed, sequence, peer);
+                    alive = receive(patience, pushed, sequence, peer, words);
                     if (!alive) break;
                     part.vector = make_uint2(words.x, words.z);
                 }
@@ -235,6 +242,7 @@ template <class T> __device__ __forceinline__ void add_residual(const Call &call
     typedef typename T::Bits Bits;
     const View target = call.output(call.width(0));
     const View source = call.input(call.columns);
+#pragma unroll 1
     for (u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x; at < target.rows * target.columns;
          at += (u64)gridDim.x * blockDim.x) {
         const u64 row = at / target.columns, column = at % target.columns;

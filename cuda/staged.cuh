@@ -1,9 +1,13 @@
-// The same operations where some tensor is out of a peer's reach: chunk by chunk through each rank's staging
-// memory, which all peers see. A block stages its chunk, waits for the same chunk of every peer, works, and says
-// that it is done with it. Several slots a block let it run ahead.
+// The operations where some rank is out of another's reach: chunk by chunk through each rank's staging memory, which
+// all see. A block puts its chunk into a slot, waits for the same chunk of its peers, works, and says that it is done
+// with it. Several slots a block let it run ahead, so that both directions of a link are busy. Only pairs of ranks
+// that do not reach each other go this way; the others read and write each other's tensors meanwhile.
 #pragma once
 
 #include "reduce.cuh"
+
+// Bytes of the least chunk: 16 a thread.
+constexpr u32 LEAST_CHUNK = 16 * THREADS;
 
 // A tensor, or columns of it, as one line of bytes.
 struct Line {
@@ -11,98 +15,6 @@ struct Line {
     u64 stride;  // bytes from row to row
     u64 width;   // bytes of a row
     u64 bytes;   // in all
-};
-
-__device__ __forceinline__ u64 at_line(const Line &line, u64 offset) {
-    if (line.width == line.stride) return line.data + offset;
-    return line.data + offset / line.width * line.stride + offset % line.width;
-}
-
-// Copies [from, to) of a line to linear memory or back, by one block.
-template <u32 BYTES, bool BACK> __device__ __forceinline__ void copy_line_by(const Line &line, u64 from, u64 to, u8 *memory) {
-    typedef typename Bytes<BYTES>::Type V;
-    for (u64 at = from + (u64)threadIdx.x * BYTES; at < to; at += (u64)blockDim.x * BYTES) {
-        V *strided = (V *)at_line(line, at);
-        V *linear = (V *)(memory + (at - from));
-        if (BACK) {
-            *strided = load_once(linear);
-        } else {
-            *linear = *strided;
-        }
-    }
-}
-
-template <bool BACK> __device__ __noinline__ void copy_line(const Line &line, u64 from, u64 to, u8 *memory) {
-    const u64 bits = line.data | line.width | line.stride | line.bytes;
-    if ((bits & 15) == 0) {
-        copy_line_by<16, BACK>(line, from, to, memory);
-    } else if ((bits & 3) == 0) {
-        copy_line_by<4, BACK>(line, from, to, memory);
-    } else {
-        copy_line_by<1, BACK>(line, from, to, memory);
-    }
-}
-
-// The chunks of one block, and its place in everybody's staging memory.
-struct Staging {
-    const Call &call;
-    const Meeting &meeting;
-    Rank *rank;
-
-    __device__ Staging(const Call &call, const Meeting &meeting) : call(call), meeting(meeting), rank(call.rank()) {}
-
-    // First byte of this block's chunk `index` of a line.
-    __device__ u64 first(u64 index) const { return (index * gridDim.x + blockIdx.x) * rank->chunk_bytes; }
-
-    // How many chunks of a line are this block's.
-    __device__ u64 chunks(u64 bytes) const {
-        const u64 all = (bytes + rank->chunk_bytes - 1) / rank->chunk_bytes;
-        return all <= blockIdx.x ? 0 : (all - blockIdx.x + gridDim.x - 1) / gridDim.x;
-    }
-
-    __device__ u8 *slot(u32 owner, u64 index) const {
-        return rank->stage[owner] + ((u64)blockIdx.x * rank->slots + index % rank->slots) * rank->chunk_bytes;
-    }
-
-    __device__ u64 mark(u64 index) const { return meeting.sequence << 24 | (index + 1); }
-
-    // Puts chunk `index` of this rank's line where peers see it. Called by all threads of the block.
-    __device__ __noinline__ bool put(const Line &line, u64 index) {
-        bool alive = true;
-        const u32 peer = threadIdx.x;
-        const bool waits = peer < rank->ranks && peer != rank->rank && meeting.gets(peer);
-        if (index >= rank->slots && waits) {
-            alive = wait_for(call, &rank->in[peer]->consumed[blockIdx.x], mark(index - rank->slots), peer);
-        }
-        if (__syncthreads_or(!alive)) return false;
-        const u64 from = first(index);
-        const u64 to = from + rank->chunk_bytes < line.bytes ? from + rank->chunk_bytes : line.bytes;
-        copy_line<false>(line, from, to, slot(rank->rank, index));
-        __threadfence_system();
-        __syncthreads();
-        if (waits) store_release(&rank->out[peer]->staged[blockIdx.x], mark(index));
-        return true;
-    }
-
-    // Waits for chunk `index` of every giver that has so many. `bytes` are the lengths of their lines.
-    __device__ __noinline__ bool await(const u64 *bytes, u64 index) {
-        bool alive = true;
-        const u32 peer = threadIdx.x;
-        if (peer < rank->ranks && peer != rank->rank && meeting.gives(peer) && index < chunks(bytes[peer])) {
-            alive = wait_for(call, &rank->in[peer]->staged[blockIdx.x], mark(index), peer);
-        }
-        __threadfence_system();
-        return !__syncthreads_or(!alive);
-    }
-
-    // Tells every giver that its chunk `index` is not needed any more.
-    __device__ __noinline__ void release(u64 index) {
-        __syncthreads();
-        const u32 peer = threadIdx.x;
-        if (peer < rank->ranks && peer != rank->rank && meeting.gives(peer)) {
-            store_release(&rank->out[peer]->consumed[blockIdx.x], mark(index));
-        }
-    }
 };
 
 __device__ __forceinline__ Line line_of(const View &view, u64 skip, u64 width, u32 size) {
@@ -114,78 +26,335 @@ __device__ __forceinline__ Line line_of(const View &view, u64 skip, u64 width, u
     return line;
 }
 
-// Every chunk of every rank goes past `work(index)`, which sees the chunks of all givers in their slots.
-template <class Work>
-__device__ __forceinline__ bool each_chunk(Staging &staging, const Line &own, const u64 *bytes, Work work) {
-    const Call &call = staging.call;
-    const bool gives = call.gives(), gets = call.gets();
-    u64 most = gives ? staging.chunks(own.bytes) : 0;
-    if (gets) {
+__device__ __forceinline__ u64 at_line(const Line &line, u64 offset) {
+    return line.data + (line.width == line.stride ? offset : scattered(offset, line.width, line.stride));
+}
+
+// Copies [from, to) of a line to linear memory or back, by one block. Loads of several steps are under way at once:
+// each takes microseconds from host memory.
+template <u32 BYTES, bool BACK>
+__device__ __forceinline__ void copy_line_by(const Line &line, u64 from, u64 to, u8 *memory) {
+    typedef typename Bytes<BYTES>::Type V;
+    constexpr u32 AT_ONCE = BYTES == 16 ? 4 : 1;
+    const u64 step = (u64)blockDim.x * BYTES;
 #pragma unroll 1
-        for (u32 peer = 0; peer < staging.rank->ranks; ++peer) {
-            if (staging.meeting.gives(peer) && staging.chunks(bytes[peer]) > most) most = staging.chunks(bytes[peer]);
+    for (u64 at = from + (u64)threadIdx.x * BYTES; at < to; at += AT_ONCE * step) {
+        V values[AT_ONCE];
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; ++i) {
+            const u64 place = at + i * step;
+            if (place < to) values[i] = load_once((const V *)(BACK ? (u64)(memory + (place - from)) : at_line(line, place)));
+        }
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; ++i) {
+            const u64 place = at + i * step;
+            if (place < to) *(V *)(BACK ? at_line(line, place) : (u64)(memory + (place - from))) = values[i];
         }
     }
-    for (u64 index = 0; index < most; ++index) {
-        if (gives && index < staging.chunks(own.bytes) && !staging.put(own, index)) return false;
-        if (!gets) continue;
-        if (!staging.await(bytes, index)) return false;
+}
+
+template <bool BACK> __device__ __noinline__ void copy_line(const Line &line, u64 from, u64 to, u8 *memory) {
+    const u64 bits = line.data | line.width | line.stride | line.bytes;
+    if ((bits & 15) == 0) {
+        copy_line_by<16, BACK>(line, from, to, memory);
+    } else {
+        copy_line_by<1, BACK>(line, from, to, memory);
+    }
+}
+
+// The chunks of one block, and its place in everybody's staging memory.
+struct Staging {
+    const Call &call;
+    const Meeting &meeting;
+    Rank *rank;
+    u32 blocks;  // that stage; the others have nothing to do
+    u32 chunk;   // bytes
+
+    // `bytes` are those of the whole: about four chunks a block, so that copies in and out overlap.
+    __device__ Staging(const Call &call, const Meeting &meeting, u64 bytes)
+        : call(call), meeting(meeting), rank(call.rank()), blocks(min(gridDim.x, (u32)call.rank()->staging_blocks)) {
+        const u64 fair = (bytes / (4 * blocks) + LEAST_CHUNK - 1) / LEAST_CHUNK * LEAST_CHUNK;
+        chunk = fair < LEAST_CHUNK ? LEAST_CHUNK : fair > rank->slot_bytes ? rank->slot_bytes : (u32)fair;
+    }
+
+    // Whether this rank uses the peer's tensors where they are.
+    __device__ bool direct(u32 peer) const {
+        return peer == rank->rank || ((rank->reaches >> peer & 1) != 0 && (meeting.peers[peer].role & PLAIN) != 0);
+    }
+
+    // Whether the peer uses this rank's tensors where they are.
+    __device__ bool seen_by(u32 peer) const {
+        return peer == rank->rank || ((rank->reached >> peer & 1) != 0 && (call.role() & PLAIN) != 0);
+    }
+
+    __device__ bool takes_from(u32 peer) const { return meeting.gives(peer) && !direct(peer); }
+    __device__ bool puts_for(u32 peer) const { return meeting.gets(peer) && !seen_by(peer); }
+
+    // First byte of this block's chunk `index` of a line.
+    __device__ u64 first(u32 index) const { return (u64)(index * blocks + blockIdx.x) * chunk; }
+    // The byte behind its last one.
+    __device__ u64 last(u32 index, u64 bytes) const { return min(first(index) + chunk, bytes); }
+
+    // How many chunks of a line are this block's.
+    __device__ __noinline__ u32 chunks(u64 bytes) const {
+        if (blockIdx.x >= blocks) return 0;
+        const u32 all = (u32)((bytes + chunk - 1) / chunk);
+        return all <= blockIdx.x ? 0 : (all - blockIdx.x + blocks - 1) / blocks;
+    }
+
+    __device__ u8 *slot(u32 owner, u32 index) const {
+        return rank->stage[owner] + ((u64)blockIdx.x * rank->slots + index % rank->slots) * rank->slot_bytes;
+    }
+
+    // A peer's tensor, of the same shape as this rank's line.
+    __device__ Line tensor(const Line &own, u32 peer, u32 size) const {
+        Line line = own;
+        if (peer != rank->rank) {
+            line.data = meeting.peers[peer].data;
+            if (call.rows > 1) line.stride = meeting.peers[peer].stride * size;
+        }
+        return line;
+    }
+
+    // A peer's slot as if it held its whole tensor.
+    __device__ Line slot_line(const Line &own, u32 peer, u32 index) const {
+        return Line{(u64)slot(peer, index) - first(index), own.width, own.width, own.bytes};
+    }
+
+    __device__ u64 mark(u32 index) const { return meeting.sequence << 24 | (index + 1); }
+
+    // Waits until this rank's slot for chunk `index` is free. Called by all threads of the block.
+    __device__ __noinline__ bool free_slot(u32 index) const {
+        bool alive = true;
+        const u32 peer = threadIdx.x;
+        if (index >= rank->slots && peer < rank->ranks && puts_for(peer)) {
+            alive = wait_for(call, &rank->in[peer]->consumed[blockIdx.x], mark(index - rank->slots), peer);
+        }
+        return !__syncthreads_or(!alive);
+    }
+
+    // Puts chunk `index` of this rank's line where the others see it.
+    __device__ __noinline__ bool put(const Line &line, u32 index) const {
+        if (!free_slot(index)) return false;
+        copy_line<false>(line, first(index), last(index, line.bytes), slot(rank->rank, index));
+        __syncthreads();
+        const u32 peer = threadIdx.x;
+        if (peer < rank->ranks && puts_for(peer)) store_release(&rank->out[peer]->staged[blockIdx.x], mark(index));
+        return true;
+    }
+
+    // Waits for chunk `index` of the ranks that this one takes from; of those only for whom `has` it is so.
+    template <class Has> __device__ __forceinline__ bool await_of(u32 index, Has has) const {
+        bool alive = true;
+        const u32 peer = threadIdx.x;
+        if (peer < rank->ranks && takes_from(peer) && has(peer)) {
+            alive = wait_for(call, &rank->in[peer]->staged[blockIdx.x], mark(index), peer);
+        }
+        return !__syncthreads_or(!alive);
+    }
+    __device__ __noinline__ bool await(u32 index) const {
+        return await_of(index, [](u32) { return true; });
+    }
+
+    // Who sums chunk `index` for all: the `present` ranks in turn.
+    __device__ __noinline__ u32 owner(u32 present, u32 index) const {
+        u32 turn = (index + blockIdx.x) % present, peer = 0;
+#pragma unroll 1
+        for (;; ++peer) {
+            if (meeting.present(peer) && turn-- == 0) return peer;
+        }
+    }
+
+    // Tells those who take from this rank's slots that the sum of chunk `index` is there.
+    __device__ __noinline__ void tell_summed(u32 index) const {
+        __syncthreads();
+        const u32 peer = threadIdx.x;
+        if (peer < rank->ranks && puts_for(peer)) store_release(&rank->out[peer]->summed[blockIdx.x], mark(index));
+    }
+
+    // Waits for the sum of chunk `index`.
+    __device__ __noinline__ bool await_sum(u32 owner, u32 index) const {
+        bool alive = true;
+        if (threadIdx.x == 0) alive = wait_for(call, &rank->in[owner]->summed[blockIdx.x], mark(index), owner);
+        return !__syncthreads_or(!alive);
+    }
+
+    // Tells everyone whom this rank takes from that it is done with chunk `index`.
+    __device__ __noinline__ void release(u32 index) const {
+        __syncthreads();
+        const u32 peer = threadIdx.x;
+        if (peer < rank->ranks && takes_from(peer)) {
+            store_release(&rank->out[peer]->consumed[blockIdx.x], mark(index));
+        }
+    }
+};
+
+// Every chunk of every rank goes past `work(index)`, which sees those of the givers in their slots. The next chunk is
+// put before the last one is waited for. `bytes(peer)` is the length of a peer's line.
+template <class Length, class Work>
+__device__ __forceinline__ bool each_chunk(const Staging &staging, const Line &own, Length bytes, Work work) {
+    const Call &call = staging.call;
+    u32 mine = 0, theirs = 0;
+#pragma unroll 1
+    for (u32 peer = 0; peer < staging.rank->ranks; ++peer) {
+        if (call.gives() && staging.puts_for(peer)) mine = staging.chunks(own.bytes);
+        if (call.gets() && staging.takes_from(peer)) theirs = max(theirs, staging.chunks(bytes(peer)));
+    }
+#pragma unroll 1
+    for (u32 step = 0; step < mine || step <= theirs; ++step) {
+        if (step < mine && !staging.put(own, step)) return false;
+        if (step == 0 || step > theirs) continue;
+        const u32 index = step - 1;
+        const bool all = staging.await_of(index, [&](u32 peer) { return index < staging.chunks(bytes(peer)); });
+        if (!all) return false;
         work(index);
         staging.release(index);
     }
     return true;
 }
 
-template <class T> __device__ __noinline__ bool all_reduce_staged(const Call &call, const Meeting &meeting, u64 *bytes) {
-    typedef typename T::Bits Bits;
-    constexpr u32 count = WIDE / sizeof(Bits);
-    Staging staging(call, meeting);
-    Rank *rank = call.rank();
-    const Line own = line_of(call.output(call.columns), 0, call.columns, sizeof(Bits));
-    if (threadIdx.x < rank->ranks) bytes[threadIdx.x] = own.bytes;
-    __syncthreads();
-    const bool wide = ((own.data | own.width | own.stride) & (WIDE - 1)) == 0;
-    return each_chunk(staging, own, bytes, [&](u64 index) {
-        const u64 from = staging.first(index);
-        if (from >= own.bytes) return;
-        const u64 length = from + rank->chunk_bytes < own.bytes ? rank->chunk_bytes : own.bytes - from;
-        for (u64 at = (u64)threadIdx.x * WIDE; at < length; at += (u64)blockDim.x * WIDE) {
-            Pack<T, WIDE> sum;
-            Chunk<T> value;
-            bool first = true;
+// How a large sum is shared.
+struct Sharing {
+    u32 present;  // ranks
+    u32 other;    // than this one, where there are two
+    u32 chunks;   // of this block
+    bool both;    // two ranks that do not reach each other
+    bool kept;    // sums of this rank in its slots
+    bool wide;    // all tensors aligned
+
+    __device__ __noinline__ Sharing(const Staging &staging, const Line &own, u32 size)
+        : present(0), other(staging.rank->rank), kept(false) {
+        u64 bits = own.data | own.stride | own.width;
 #pragma unroll 1
-            for (u32 peer = 0; peer < rank->ranks; ++peer) {
-                if (!meeting.gives(peer)) continue;
-                // The slots are whole multiples of 16 bytes, so what lies behind the tensor's end may be read.
-                value.vector = load_once((const uint4 *)(staging.slot(peer, index) + at));
-                sum.add(value.elements, first);
-                first = false;
+        for (u32 peer = 0; peer < staging.rank->ranks; ++peer) {
+            if (!staging.meeting.present(peer)) continue;
+            ++present;
+            if (peer != staging.rank->rank) other = peer;
+            kept |= staging.puts_for(peer);
+            if (!staging.direct(peer)) continue;
+            const Line line = staging.tensor(own, peer, size);
+            bits |= line.data | line.stride;
+        }
+        both = present == 2 && !staging.direct(other) && !staging.seen_by(other);
+        kept &= !both;
+        wide = (bits & (WIDE - 1)) == 0;
+        chunks = staging.chunks(own.bytes);
+    }
+
+    // Steps from putting a chunk to having its sum.
+    __device__ u32 lag() const { return both ? 1 : 2; }
+};
+
+// The sum of [from, to) of chunk `index`, counted from its beginning, by one block: from the slots of ranks out of reach
+// and the tensors of the others, to this rank's tensor. Where this rank sums for all, also to the tensors in reach, and
+// to its slot for the others.
+template <class T, u32 BYTES>
+__device__ __noinline__ void sum_chunk(const Staging &staging, const Line &own, u32 index, u64 from, u64 to,
+                                       const Sharing &sharing) {
+    typedef typename T::Bits Bits;
+    typedef typename Bytes<BYTES>::Type Vector;
+    // Sums of bytes widen to so much that there is room for no more.
+    constexpr u32 AT_ONCE = BYTES == WIDE && sizeof(Bits) > 1 ? 2 : 1;
+    const u64 step = (u64)blockDim.x * BYTES;
+    const u64 base = staging.first(index);
+    const u32 ranks = staging.rank->ranks, me = staging.rank->rank;
+    union {
+        Vector vector;
+        Bits elements[BYTES / sizeof(Bits)];
+    } pieces[AT_ONCE];
+#pragma unroll 1
+    for (u64 at = from + (u64)threadIdx.x * BYTES; at < to; at += AT_ONCE * step) {
+        Pack<T, BYTES> sums[AT_ONCE];
+        bool first = true;
+#pragma unroll 1
+        for (u32 peer = 0; peer < ranks; ++peer) {
+            if (!staging.meeting.gives(peer)) continue;
+            const Line line = staging.direct(peer) ? staging.tensor(own, peer, sizeof(Bits)) : staging.slot_line(own, peer, index);
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; ++i) {
+                if (at + i * step < to) pieces[i].vector = load_once((const Vector *)at_line(line, base + at + i * step));
             }
-            sum.round(value.elements);
-            if (wide && at + WIDE <= length) {
-                *(uint4 *)at_line(own, from + at) = value.vector;
-            } else {
-                for (u32 i = 0; i < count; ++i) {
-                    const u64 offset = at + i * sizeof(Bits);
-                    if (offset < length) *(Bits *)at_line(own, from + offset) = value.elements[i];
-                }
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; ++i) sums[i].add(pieces[i].elements, first);
+            first = false;
+        }
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; ++i) sums[i].round(pieces[i].elements);
+#pragma unroll 1
+        for (u32 peer = 0; peer < ranks; ++peer) {
+            if (peer != me && (sharing.both || !staging.meeting.gets(peer) || !staging.direct(peer))) continue;
+            const Line line = staging.tensor(own, peer, sizeof(Bits));
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; ++i) {
+                if (at + i * step < to) *(Vector *)at_line(line, base + at + i * step) = pieces[i].vector;
             }
         }
-    });
+        if (!sharing.kept) continue;
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; ++i) {
+            if (at + i * step < to) *(Vector *)(staging.slot(me, index) + at + i * step) = pieces[i].vector;
+        }
+    }
 }
 
-template <class T> __device__ __noinline__ bool reduce_scatter_staged(const Call &call, const Meeting &meeting, u64 *bytes) {
+// Puts chunk `index` where the rank that sums it needs it there.
+__device__ __noinline__ bool contribute(const Staging &staging, const Line &own, const Sharing &sharing, u32 index) {
+    const u32 owner = sharing.both ? sharing.other : staging.owner(sharing.present, index);
+    return staging.seen_by(owner) || staging.put(own, index);
+}
+
+// Takes the sum of chunk `index` where its owner could not write it to this rank's tensor, and lets go of the chunk.
+__device__ __noinline__ bool finish(const Staging &staging, const Line &own, const Sharing &sharing, u32 index) {
+    const u32 owner = sharing.both ? staging.rank->rank : staging.owner(sharing.present, index);
+    if (!staging.seen_by(owner)) {
+        if (!staging.await_sum(owner, index)) return false;
+        copy_line<true>(own, staging.first(index), staging.last(index, own.bytes), staging.slot(owner, index));
+    }
+    staging.release(index);
+    return true;
+}
+
+// Sums chunk `index` if this rank does, once the parts of the others are there.
+template <class T>
+__device__ __noinline__ bool sum_of(const Staging &staging, const Line &own, const Sharing &sharing, u32 index) {
+    if (!sharing.both && staging.owner(sharing.present, index) != staging.rank->rank) return true;
+    if (!staging.await(index)) return false;
+    if (sharing.kept && !staging.free_slot(index)) return false;
+    const u64 length = staging.last(index, own.bytes) - staging.first(index);
+    const u64 whole = sharing.wide ? length / WIDE * WIDE : 0;
+    sum_chunk<T, WIDE>(staging, own, index, 0, whole, sharing);
+    sum_chunk<T, sizeof(typename T::Bits)>(staging, own, index, whole, length, sharing);
+    if (sharing.kept) staging.tell_summed(index);
+    return true;
+}
+
+// A large sum. Two ranks that do not reach each other exchange their chunks, and both sum them. Else the ranks sum
+// one chunk each in turn for all, which is less to move: a rank puts what others sum, and takes the result from there.
+template <class T> __device__ __noinline__ bool all_reduce_staged(const Call &call, const Meeting &meeting) {
+    constexpr u32 size = sizeof(typename T::Bits);
+    const Line own = line_of(call.output(call.columns), 0, call.columns, size);
+    const Staging staging(call, meeting, own.bytes);
+    const Sharing sharing(staging, own, size);
+#pragma unroll 1
+    for (u32 step = 0; step < sharing.chunks + sharing.lag(); ++step) {
+        if (step < sharing.chunks && !contribute(staging, own, sharing, step)) return false;
+        if (step >= 1 && step <= sharing.chunks && !sum_of<T>(staging, own, sharing, step - 1)) return false;
+        if (step >= sharing.lag() && !finish(staging, own, sharing, step - sharing.lag())) return false;
+    }
+    return true;
+}
+
+template <class T> __device__ __noinline__ bool reduce_scatter_staged(const Call &call, const Meeting &meeting) {
     typedef typename T::Bits Bits;
-    Staging staging(call, meeting);
     Rank *rank = call.rank();
     const u64 columns = call.columns;
     const Line own = line_of(call.input(columns), 0, columns, sizeof(Bits));
-    if (threadIdx.x < rank->ranks) bytes[threadIdx.x] = own.bytes;
-    __syncthreads();
+    const Staging staging(call, meeting, call.rows * columns * sizeof(Bits));
     const u64 begin = call.begin[rank->rank], end = call.end[rank->rank];
-    return each_chunk(staging, own, bytes, [&](u64 index) {
+    return each_chunk(staging, own, [&](u32) { return call.rows * columns * sizeof(Bits); }, [&](u32 index) {
         const u64 from = staging.first(index) / sizeof(Bits);
-        const u64 to = min(from + rank->chunk_bytes / sizeof(Bits), call.rows * columns);
+        const u64 to = staging.last(index, call.rows * columns * sizeof(Bits)) / sizeof(Bits);
+#pragma unroll 1
         for (u64 at = from + threadIdx.x; at < to; at += blockDim.x) {
             const u64 row = at / columns, column = at % columns;
             if (column < begin || column >= end) continue;
@@ -194,7 +363,11 @@ template <class T> __device__ __noinline__ bool reduce_scatter_staged(const Call
 #pragma unroll 1
             for (u32 peer = 0; peer < rank->ranks; ++peer) {
                 if (!meeting.gives(peer)) continue;
-                const Bits value = load_once((const Bits *)staging.slot(peer, index) + (at - from));
+                const Peer &about = meeting.peers[peer];
+                const Bits *place = staging.direct(peer)
+                                        ? (const Bits *)about.data + row * about.stride + column
+                                        : (const Bits *)staging.slot(peer, index) + (at - from);
+                const Bits value = load_once(place);
                 sum.add(&value, first);
                 first = false;
             }
@@ -203,23 +376,19 @@ template <class T> __device__ __noinline__ bool reduce_scatter_staged(const Call
     });
 }
 
-__device__ __noinline__ bool take_staged(const Call &call, const Meeting &meeting, u64 *bytes) {
-    Staging staging(call, meeting);
+// What `take_direct` leaves.
+__device__ __noinline__ bool take_staged(const Call &call, const Meeting &meeting) {
     Rank *rank = call.rank();
     const u32 me = rank->rank;
     const Line own = line_of(call.input(call.width(me)), call.skip[me], call.width(me), 1);
-    if (threadIdx.x < rank->ranks) bytes[threadIdx.x] = call.rows * call.width(threadIdx.x);
-    __syncthreads();
-    return each_chunk(staging, own, bytes, [&](u64 index) {
-        const u64 from = staging.first(index);
+    const Staging staging(call, meeting, call.rows * call.columns);
+    return each_chunk(staging, own, [&](u32 peer) { return call.rows * call.width(peer); }, [&](u32 index) {
 #pragma unroll 1
         for (u32 peer = 0; peer < rank->ranks; ++peer) {
-            if (!meeting.gives(peer) || from >= bytes[peer]) continue;
+            const u64 bytes = call.rows * call.width(peer);
+            if (!staging.takes_from(peer) || staging.first(index) >= bytes) continue;
             const Line line = line_of(call.output(call.columns), call.begin[peer], call.width(peer), 1);
-            const u64 to = min(from + rank->chunk_bytes, bytes[peer]);
-            // A root's own tensor is in its place already.
-            if (peer == me && line.data == own.data) continue;
-            copy_line<true>(line, from, to, staging.slot(peer, index));
+            copy_line<true>(line, staging.first(index), staging.last(index, bytes), staging.slot(peer, index));
         }
     });
 }

@@ -1,12 +1,14 @@
 // The kernels, one for each operation and element type. All take one `Call`, except those that no ranks meet in.
 #include "staged.cuh"
 
-__device__ __forceinline__ bool all_reachable(const Call &call, const Meeting &meeting) {
+// Whether every rank uses every other's tensors where they are.
+__device__ __forceinline__ bool all_direct(const Call &call, const Meeting &meeting) {
+    bool direct = call.rank()->connected != 0;
 #pragma unroll 1
     for (u32 peer = 0; peer < call.rank()->ranks; ++peer) {
-        if (meeting.present(peer) && (meeting.peers[peer].role & REACHABLE) == 0) return false;
+        direct &= !meeting.present(peer) || (meeting.peers[peer].role & PLAIN) != 0;
     }
-    return true;
+    return direct;
 }
 
 // Announces, meets, works and parts. `work` returns whether it came to its end.
@@ -18,18 +20,16 @@ template <class Work> __device__ __forceinline__ void together(const Call &call,
 }
 
 template <class T> __device__ __forceinline__ void all_reduce_large(const Call &call) {
-    __shared__ u64 bytes[MOST_RANKS];
     together(call, [&](Meeting &meeting) {
-        if (!all_reachable(call, meeting)) return all_reduce_staged<T>(call, meeting, bytes);
+        if (!all_direct(call, meeting)) return all_reduce_staged<T>(call, meeting);
         all_reduce_in_place<T>(call, meeting);
         return true;
     });
 }
 
 template <class T> __device__ __forceinline__ void reduce_scatter(const Call &call) {
-    __shared__ u64 bytes[MOST_RANKS];
     together(call, [&](Meeting &meeting) {
-        if (!all_reachable(call, meeting)) return reduce_scatter_staged<T>(call, meeting, bytes);
+        if (!all_direct(call, meeting)) return reduce_scatter_staged<T>(call, meeting);
         reduce_scatter_direct<T>(call, meeting);
         return true;
     });
@@ -59,11 +59,9 @@ SUMS(f8e5m2, E5M2)
 // Broadcast, gather to a rank, all_gather: everyone who gets anything takes it. Columns are in bytes. With neither
 // to give nor to get it is a barrier.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) take(const __grid_constant__ Call call) {
-    __shared__ u64 bytes[MOST_RANKS];
     together(call, [&](Meeting &meeting) {
-        if (!all_reachable(call, meeting)) return take_staged(call, meeting, bytes);
         take_direct(call, meeting);
-        return true;
+        return all_direct(call, meeting) || take_staged(call, meeting);
     });
 }
 
@@ -81,9 +79,10 @@ struct Copies {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) copy(const __grid_constant__ Copies copies) {
     copy_rows(copies.rows[blockIdx.y]);
     if (copies.done == nullptr) return;
-    __threadfence_system();
     __syncthreads();
-    if (threadIdx.x == 0 && atomicAdd(copies.leaving, 1) == gridDim.x * gridDim.y - 1) {
+    if (threadIdx.x != 0) return;
+    __threadfence_system();
+    if (atomicAdd(copies.leaving, 1) == gridDim.x * gridDim.y - 1) {
         *copies.leaving = 0;
         __threadfence_system();
         *(volatile u32 *)copies.done = copies.value;

@@ -111,10 +111,13 @@ impl Communicator {
     /// Makes a stopped communicator usable again, once every rank is out of the call that failed. Does nothing
     /// to one that can go on.
     ///
-    /// The ranks begin anew: whatever some of them had done of the call in which it stopped is theirs to undo.
+    /// The ranks begin anew: whatever some of them had done of the call in which it stopped is theirs to undo. On CUDA
+    /// devices, kernels that still wait end, and all work on the ranks' devices is waited for; graphs that were captured
+    /// before can be replayed.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] while a rank is inside a call.
+    /// [`Error::InvalidArgument`] while a rank is inside a call on host memory; [`Error::Driver`] where a device failed,
+    /// or is capturing a graph.
     pub fn reset(&self) -> Result<()> {
         self.backend.reset()
     }

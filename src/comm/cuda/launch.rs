@@ -6,7 +6,7 @@ use cudarc::driver::sys::CUstream;
 
 use super::Cuda;
 use super::kernels::Sum;
-use super::layout::{Call, GETS, GIVES, MOST_RANKS, Member, REACHABLE, THREADS};
+use super::layout::{Call, GETS, GIVES, MOST_RANKS, Member, PLAIN, THREADS};
 use crate::comm::DType;
 use crate::comm::operation::{Layout, Operation, Pair};
 use crate::comm::view::Tensor;
@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 /// Up to so many bytes a sum is pushed to all ranks in one step; above, every rank sums a share of it. Two ranks of
 /// one H100: see docs/communicator.md for the measurements that these were chosen by.
 pub(super) const PUSHED_BELOW: usize = 1 << 20;
+/// The same where some ranks do not reach others: pushed data takes twice the bytes on the way through host memory.
+pub(super) const STAGED_ABOVE: usize = 128 << 10;
 /// Bytes of a pushed sum that are worth a block: 8 a thread.
 const SMALL_BYTES_A_BLOCK: usize = 8 * THREADS as usize;
 /// Bytes of other operations that are worth a block.
@@ -169,7 +171,7 @@ impl Cuda {
             // Tensors were checked: no product of their sizes overflows.
             (elements * if unit == 1 { 1 } else { tensor.dtype.size() }) as u64
         };
-        let mut plain = self.rooms.reachable.get(rank).copied().unwrap_or(false);
+        let mut plain = true;
         for tensor in [pair.gives(), pair.gets()].into_iter().flatten() {
             // Ranks of a single device share its context, where every address is everybody's.
             if careful && plain && self.machines.len() > 1 {
@@ -185,7 +187,7 @@ impl Cuda {
             member.role |= GETS;
         }
         if plain {
-            member.role |= REACHABLE;
+            member.role |= PLAIN;
         }
         Ok(member)
     }

@@ -9,7 +9,7 @@ pub(super) const THREADS: u32 = 512;
 
 pub(super) const GIVES: u32 = 1;
 pub(super) const GETS: u32 = 2;
-pub(super) const REACHABLE: u32 = 4;
+pub(super) const PLAIN: u32 = 4;
 
 pub(super) const TIMED_OUT: u32 = 1;
 pub(super) const DISAGREED: u32 = 2;
@@ -26,7 +26,9 @@ pub(super) struct Status {
 }
 
 /// Bytes of an inbox without the areas for small sums behind it.
-pub(super) const INBOX_BYTES: usize = 3328;
+pub(super) const INBOX_BYTES: usize = 4352;
+/// Where an inbox has the word by which its writer says that it stopped.
+pub(super) const STOP_AT: usize = 4224;
 
 /// A rank, in its device's memory.
 #[repr(C)]
@@ -34,7 +36,7 @@ pub(super) const INBOX_BYTES: usize = 3328;
 pub(super) struct Rank {
     pub(super) index: u32,
     pub(super) ranks: u32,
-    pub(super) chunk_bytes: u32,
+    pub(super) slot_bytes: u32,
     pub(super) slots: u32,
     pub(super) small_bytes: u64,
     pub(super) out: [u64; MOST_RANKS],
@@ -42,7 +44,10 @@ pub(super) struct Rank {
     pub(super) stage: [u64; MOST_RANKS],
     pub(super) status: u64,
     pub(super) stop: u64,
-    pub(super) unused: u64,
+    pub(super) reaches: u16,
+    pub(super) reached: u16,
+    pub(super) connected: u16,
+    pub(super) staging_blocks: u16,
     pub(super) state: [u32; 4],
 }
 

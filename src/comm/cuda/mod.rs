@@ -101,6 +101,10 @@ impl Cuda {
             .unwrap_or(1)
             .min(MOST_BLOCKS);
         let rooms = Rooms::new(&Seats { machines: &machines, of: &seats }, options.peers, blocks as usize)?;
+        let pushed_below = options
+            .pushed_below
+            .unwrap_or(if rooms.connected { launch::PUSHED_BELOW } else { launch::STAGED_ABOVE })
+            .min(setup::small_bytes(devices.len()));
         let mut queues = Vec::with_capacity(devices.len());
         let mut own = Vec::with_capacity(devices.len());
         for seat in &seats {
@@ -125,10 +129,7 @@ impl Cuda {
             devices: devices.to_vec(),
             timeout: options.timeout,
             blocks,
-            pushed_below: options
-                .pushed_below
-                .unwrap_or(launch::PUSHED_BELOW)
-                .min(setup::small_bytes(devices.len())),
+            pushed_below,
             stopped: Mutex::new(None),
         })
     }
@@ -298,8 +299,23 @@ impl Backend for Cuda {
     }
 
     fn reset(&self) -> Result<()> {
-        // Kernels of some ranks may have counted an operation that others have not.
-        self.look("reset")
+        if self.look("reset").is_ok() {
+            return Ok(());
+        }
+        let mut queues: Vec<_> =
+            self.queues.iter().map(|queue| queue.lock().unwrap_or_else(PoisonError::into_inner)).collect();
+        // Kernels that still wait leave at once.
+        self.rooms.stop();
+        for machine in &self.machines {
+            machine.context().synchronize()?;
+        }
+        self.rooms.renew(&Seats { machines: &self.machines, of: &self.seats })?;
+        let most = queues.iter().map(|queue| queue.calls).max().unwrap_or(0);
+        for queue in &mut queues {
+            (queue.calls, queue.alone) = (most, false);
+        }
+        *self.stopped.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(())
     }
 
     fn streams(&self) -> Vec<Stream> {

@@ -3,29 +3,26 @@
 use std::sync::Arc;
 
 use super::kernels::Machine;
-use super::layout::{INBOX_BYTES, MOST_RANKS, Rank, Status};
+use super::layout::{INBOX_BYTES, MOST_RANKS, Rank, STOP_AT, Status};
 use crate::comm::options::Peers;
-use crate::device::cuda::{Connections, DeviceMemory, PinnedMemory, Prover, connect, write};
+use crate::device::cuda::{Connections, DeviceMemory, PinnedMemory, Prover, connect, read, write};
 use crate::error::Result;
+use crate::split::activations::pushed_bytes;
 
-/// Bytes of one slot of staging memory: 16 for each thread of a block.
-const CHUNK_BYTES: usize = 8192;
-/// Slots of a block. Two would do; with four a rank can run ahead of the others' latency.
+/// Bytes of one slot of staging memory, the largest chunk.
+const SLOT_BYTES: usize = 32 << 10;
+/// Slots of a block. Three would do; with four a rank can run ahead of the others' latency.
 const SLOTS: usize = 4;
+/// The most blocks that stage. They have a megabyte under way, which is more than any link to the host can.
+const STAGING_BLOCKS: usize = 32;
 /// Where the inboxes begin behind a rank's record.
 const RECORD_BYTES: usize = 512;
 /// Where a rank counts the blocks of its copies to host memory.
 const LEAVING_AT: usize = 448;
 
-/// The largest tensor that is pushed instead of pulled, by the number of ranks: every rank has room for two of each
-/// peer's, at twice their size.
+/// The largest tensor that is pushed instead of pulled.
 pub(super) fn small_bytes(ranks: usize) -> usize {
-    match ranks {
-        0..=2 => 1 << 20,
-        3..=4 => 512 << 10,
-        5..=8 => 256 << 10,
-        _ => 128 << 10,
-    }
+    usize::try_from(pushed_bytes(ranks)).unwrap_or(usize::MAX)
 }
 
 /// The memory of a communicator. Host memory is freed after the devices' because kernels may still look at it.
@@ -35,12 +32,22 @@ pub(super) struct Rooms {
     host: PinnedMemory,
     /// Address of every rank's record.
     pub(super) records: Vec<u64>,
-    /// Whether all peers reach a rank's device, so that its tensors can be used where they are.
-    pub(super) reachable: Vec<bool>,
+    /// Whether all ranks reach each other's devices.
+    pub(super) connected: bool,
+    inboxes: Vec<Inbox>,
     status_at: usize,
     stop_at: usize,
     copied_at: usize,
     host_bases: Vec<u64>,
+}
+
+/// Where one rank writes and another reads.
+#[derive(Debug)]
+struct Inbox {
+    reader: usize,
+    /// In the reader's memory, else in the host's.
+    with_reader: bool,
+    at: usize,
 }
 
 /// Gives out places in a block of memory that is not there yet.
@@ -110,6 +117,43 @@ impl Rooms {
         self.host.word(self.copied_at / size_of::<u32>() + rank)
     }
 
+    /// Clears what a failed operation left, so that the next one is a new one for all ranks. No kernel may run.
+    pub(super) fn renew(&self, seats: &Seats<'_>) -> Result<()> {
+        let state_at = |record: &u64| record + (size_of::<Rank>() - size_of::<[u32; 4]>()) as u64;
+        let machine = |rank: usize| seats.of.get(rank).and_then(|seat| seats.machines.get(*seat));
+        let mut last = 0;
+        for (rank, record) in self.records.iter().enumerate() {
+            let Some(machine) = machine(rank) else { continue };
+            let mut state = [0_u32; 4];
+            read(machine.context(), &machine.stream, state_at(record), &mut state)?;
+            last = last.max(u64::from(state[1]) << 32 | u64::from(state[0]));
+        }
+        // The failed operation has the number after the last. What some ranks wrote for it must be nobody's.
+        let [low, high] = [(last + 2) & u64::from(u32::MAX), (last + 2) >> 32];
+        let state = [u32::try_from(low).unwrap_or(0), u32::try_from(high).unwrap_or(0), 0, 0];
+        for (rank, record) in self.records.iter().enumerate() {
+            let Some(machine) = machine(rank) else { continue };
+            // SAFETY: the record ends with these words.
+            unsafe { write(machine.context(), &machine.stream, state_at(record), &state)? };
+        }
+        for inbox in &self.inboxes {
+            let at = inbox.at + STOP_AT;
+            match (inbox.with_reader, self.records.get(inbox.reader), machine(inbox.reader)) {
+                // SAFETY: the inbox, which lies behind the reader's record, has the word there.
+                (true, Some(record), Some(machine)) => unsafe {
+                    write(machine.context(), &machine.stream, record + at as u64, &0_u32)?;
+                },
+                _ => self.host.set_word(at / size_of::<u32>(), 0),
+            }
+        }
+        let words = self.records.len() * size_of::<Status>() / size_of::<u32>();
+        for word in 0..words {
+            self.host.set_word(self.status_at / size_of::<u32>() + word, 0);
+        }
+        self.host.set_word(self.stop_at / size_of::<u32>(), 0);
+        Ok(())
+    }
+
     /// Ends all waits of kernels.
     pub(super) fn stop(&self) {
         self.host.set_word(self.stop_at / size_of::<u32>(), 1);
@@ -137,9 +181,12 @@ impl Plan<'_> {
     fn build(&self) -> Result<Rooms> {
         let ranks = self.ranks;
         let inbox = INBOX_BYTES + 4 * self.small;
-        let stage = self.blocks * SLOTS * CHUNK_BYTES;
-        let reachable: Vec<bool> =
-            (0..ranks).map(|rank| (0..ranks).all(|peer| self.reaches(peer, rank))).collect();
+        let staging_blocks = self.blocks.min(STAGING_BLOCKS);
+        let stage = if ranks > 1 { staging_blocks * SLOTS * SLOT_BYTES } else { 0 };
+        let mask = |reaches: &dyn Fn(usize) -> bool| {
+            (0..ranks).filter(|peer| reaches(*peer)).fold(0, |bits: u16, peer| bits | 1 << peer)
+        };
+        let connected = (0..ranks).all(|from| (0..ranks).all(|to| self.reaches(from, to)));
 
         let mut host = Places { bytes: 0 };
         let mut own: Vec<Places> = (0..ranks).map(|_| Places { bytes: RECORD_BYTES }).collect();
@@ -158,7 +205,7 @@ impl Plan<'_> {
                     *place = (with_reader, at);
                 }
             }
-            let here = reachable.get(reader).copied().unwrap_or(false);
+            let here = (0..ranks).all(|peer| self.reaches(peer, reader));
             let at = if here { places.take(stage) } else { host.take(stage) };
             if let Some(place) = stages.get_mut(reader) {
                 *place = (here, at);
@@ -189,7 +236,7 @@ impl Plan<'_> {
             let mut record = Rank {
                 index: u32::try_from(rank).unwrap_or(0),
                 ranks: u32::try_from(ranks).unwrap_or(0),
-                chunk_bytes: u32::try_from(CHUNK_BYTES).unwrap_or(0),
+                slot_bytes: u32::try_from(SLOT_BYTES).unwrap_or(0),
                 slots: u32::try_from(SLOTS).unwrap_or(0),
                 small_bytes: self.small as u64,
                 out: [0; MOST_RANKS],
@@ -197,7 +244,10 @@ impl Plan<'_> {
                 stage: [0; MOST_RANKS],
                 status: host_base + (status_at + rank * size_of::<Status>()) as u64,
                 stop: host_base + stop_at as u64,
-                unused: 0,
+                reaches: mask(&|peer| self.reaches(rank, peer)),
+                reached: mask(&|peer| self.reaches(peer, rank)),
+                connected: u16::from(connected),
+                staging_blocks: u16::try_from(staging_blocks).unwrap_or(1),
                 state: [0; 4],
             };
             for peer in 0..ranks {
@@ -220,7 +270,13 @@ impl Plan<'_> {
             _devices: devices,
             host,
             records: base,
-            reachable,
+            connected,
+            inboxes: inboxes
+                .into_iter()
+                .enumerate()
+                .filter(|(pair, _)| pair / ranks != pair % ranks)
+                .map(|(pair, (with_reader, at))| Inbox { reader: pair % ranks, with_reader, at })
+                .collect(),
             status_at,
             stop_at,
             copied_at,

@@ -77,6 +77,13 @@ impl Context {
         Ok(Entered { context: self, pushed })
     }
 
+    /// Waits for all work of the process on the device.
+    pub(crate) fn synchronize(&self) -> Result<()> {
+        let _current = self.enter()?;
+        // SAFETY: the context is current.
+        self.check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() })
+    }
+
     /// Multiprocessors of the device.
     pub(crate) fn multiprocessors(&self) -> Result<u32> {
         let mut value = 0;

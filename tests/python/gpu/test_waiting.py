@@ -35,6 +35,56 @@ def test_a_rank_that_never_comes_is_named():
     assert all(torch.equal(tensor.cpu(), torch.full((10,), 3.0)) for tensor in tensors)
 
 
+@pytest.mark.parametrize("peers", ["proved", "staged"])
+@pytest.mark.parametrize("size", [1000, 700000])
+def test_after_a_reset_calls_and_graphs_go_on(peers, size):
+    ranks = 3
+    comm = make(ranks, timeout=0.3, peers=peers)
+    tensors = [torch.zeros(size, device=DEVICE) for _ in range(ranks)]
+    streams = [torch.cuda.Stream() for _ in range(ranks)]
+    graphs = []
+    for rank in range(ranks):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=streams[rank]):
+            comm.rank(rank).all_reduce(tensors[rank])
+        graphs.append(graph)
+    for _ in range(3):
+        late = random.randrange(ranks)
+        for rank in set(range(ranks)) - {late}:
+            with torch.cuda.stream(streams[rank]):
+                graphs[rank].replay()
+        with pytest.raises(tp_rs.CollectiveTimeout):
+            torch.cuda.synchronize()
+            comm.wait() if random.random() < 0.5 else comm.check()
+        comm.reset()
+        comm.check()
+        parts = [random_tensor((size,), torch.float32, seed()) for _ in range(ranks)]
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part)
+        torch.cuda.synchronize()
+        if random.random() < 0.5:
+            comm.all_reduce(tensors)
+        else:
+            for rank in random.sample(range(ranks), ranks):
+                with torch.cuda.stream(streams[rank]):
+                    graphs[rank].replay()
+        torch.cuda.synchronize()
+        comm.check()
+        assert all(torch.equal(bits(tensor), bits(summed(parts))) for tensor in tensors)
+
+
+def test_a_reset_ends_what_still_waits():
+    comm = make(2, timeout=60)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        comm.rank(0).all_reduce(torch.ones(1000, device=DEVICE))
+    comm.abort("the test ends it")
+    comm.reset()
+    parts = [torch.full((1000,), 2.0, device=DEVICE) for _ in range(2)]
+    comm.all_reduce(parts)
+    comm.wait()
+    assert all(torch.equal(part.cpu(), torch.full((1000,), 4.0)) for part in parts)
+
+
 def test_abort_ends_the_kernels_that_wait():
     comm = make(2, timeout=60)
     with torch.cuda.stream(torch.cuda.Stream()):
