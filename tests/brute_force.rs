@@ -104,6 +104,7 @@ impl Case {
             activation_base: 0,
             activation_attention: self.activation_head * query_heads,
             activation_mlp: self.activation_column * self.columns,
+            communicator_bytes: 0,
             buffer_bytes: 0,
             pinned_bytes: 0,
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{CutAlong, Dimensions, Mixer, Mlp, ModelShape, Role, Tensor};
 use crate::error::{Error, Result};
-use crate::split::activations::{KEY_COPIES, MLP_COPIES, QUERY_COPIES, RESIDUAL_COPIES, SMALL_MESSAGE_BYTES};
+use crate::split::activations::{KEY_COPIES, MLP_COPIES, QUERY_COPIES, RESIDUAL_COPIES, communicator_bytes};
 use crate::split::pinned;
 use crate::split::workload::{Axis, Basis, Block, Blocks, Cost, Workload, gcd, lcm};
 use crate::split::{ExpertSplit, Item, Options, PlannedModel};
@@ -55,6 +55,7 @@ impl<'a> Costs<'a> {
             activation_base: 0,
             activation_attention: 0,
             activation_mlp: 0,
+            communicator_bytes: 0,
             buffer_bytes: 0,
             pinned_bytes: 0,
         };
@@ -152,11 +153,8 @@ impl<'a> Costs<'a> {
         add(Item::Logits, Basis::Rank, logits.saturating_mul(4));
         if self.ranks > 1 {
             let residual = chunk.saturating_mul(dimensions.hidden).saturating_mul(dimensions.element_bytes);
-            add(
-                Item::Communicator,
-                Basis::Rank,
-                residual.saturating_add((self.ranks - 1) * SMALL_MESSAGE_BYTES),
-            );
+            add(Item::Communicator, Basis::Rank, residual);
+            workload.communicator_bytes = communicator_bytes(self.ranks);
         }
         workload.buffer_bytes = self.gathered(chunk);
         workload.pinned_bytes = pinned(workload.buffer_bytes, self.ranks);

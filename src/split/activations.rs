@@ -26,7 +26,33 @@ pub const MLP_COPIES: u64 = 3;
 /// attention and elementwise kernels had run.
 pub const CUDA_FRAMEWORK_BYTES: u64 = 704 << 20;
 
-/// Bytes of the communicator's buffers for small messages on a device, for each pair of ranks.
-pub const SMALL_MESSAGE_BYTES: u64 = 1 << 20;
-/// Bytes of pinned host memory that a rank stages chunks of large messages through.
-pub const STAGING_BYTES: u64 = 8 << 20;
+/// Bytes of memory that a rank stages chunks of large messages through where a peer does not reach its device.
+pub const STAGING_BYTES: u64 = 4 << 20;
+/// Bytes of a rank's record, and of each peer's inbox beside the areas for small messages.
+const RECORD_BYTES: u64 = 8 << 10;
+/// What devices round an allocation up to.
+const ALLOCATION_STEP: u64 = 2 << 20;
+
+/// The largest sum in bytes that ranks push to each other in one step, by the number of ranks: every rank has room for
+/// two of each peer's, at twice their size.
+#[must_use]
+pub fn pushed_bytes(ranks: usize) -> u64 {
+    match ranks {
+        0..=2 => 1 << 20,
+        3..=4 => 512 << 10,
+        5..=8 => 256 << 10,
+        _ => 128 << 10,
+    }
+}
+
+/// The most bytes that a communicator takes for one rank, on its device or, for peers that do not reach that, in pinned
+/// host memory.
+#[must_use]
+pub fn communicator_bytes(ranks: u64) -> u64 {
+    if ranks < 2 {
+        return ALLOCATION_STEP;
+    }
+    let pushed = pushed_bytes(usize::try_from(ranks).unwrap_or(usize::MAX));
+    let inboxes = (ranks - 1).saturating_mul(4 * pushed + RECORD_BYTES);
+    STAGING_BYTES.saturating_add(RECORD_BYTES).saturating_add(inboxes).next_multiple_of(ALLOCATION_STEP)
+}

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::activations::STAGING_BYTES;
+use super::activations::communicator_bytes;
 use super::workload::{Basis, Holdings, Workload};
 use super::{Item, RankBudget, RankPlan};
 
@@ -20,7 +20,7 @@ const BUFFERS: u64 = 2;
 
 /// Bytes of pinned host memory of a run over `ranks` ranks whose buffers are of `buffer_bytes` each.
 pub(crate) fn pinned(buffer_bytes: u64, ranks: u64) -> u64 {
-    buffer_bytes.saturating_mul(BUFFERS).saturating_add(ranks.saturating_mul(STAGING_BYTES))
+    buffer_bytes.saturating_mul(BUFFERS).saturating_add(ranks.saturating_mul(communicator_bytes(ranks)))
 }
 
 /// What a rank with these holdings takes, item by item, and what a decode step reads of it.
@@ -42,7 +42,9 @@ pub fn account(workload: &Workload, holdings: &Holdings, rank: usize, budget: &R
     }
     if !holdings.is_empty() {
         add(Item::Activations, activations(workload, holdings));
-        add(Item::Framework, budget.framework_bytes);
+        for (item, bytes) in budget.beside(workload) {
+            add(item, bytes);
+        }
     }
     let total = items.values().sum();
     RankPlan {

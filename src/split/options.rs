@@ -4,6 +4,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::plan::Item;
+use super::workload::Workload;
 use crate::error::{Error, Result};
 
 /// Bytes of a gibibyte.
@@ -47,6 +49,12 @@ impl RankBudget {
     pub fn with_speed(mut self, speed: f64) -> Self {
         self.speed = Some(speed);
         self
+    }
+
+    /// What the rank takes because of the kind of its device, whatever its shares are.
+    pub(crate) fn beside(&self, workload: &Workload) -> [(Item, u64); 2] {
+        let communicator = if self.device.starts_with("cuda") { workload.communicator_bytes } else { 0 };
+        [(Item::Framework, self.framework_bytes), (Item::Communicator, communicator)]
     }
 
     /// The budget in whole bytes.

@@ -130,6 +130,8 @@ pub struct Workload {
     pub activation_attention: u64,
     /// More of them while the MLP runs, over all columns (or whole experts).
     pub activation_mlp: u64,
+    /// Bytes of the communicator's own buffers for each rank on a CUDA device.
+    pub communicator_bytes: u64,
     /// Bytes of each of the two buffers in host memory that gathered tensors go to.
     pub buffer_bytes: u64,
     /// Bytes of pinned host memory: both buffers, and what ranks stage messages through.

@@ -130,7 +130,8 @@ impl Problem {
             .iter()
             .map(|budget| {
                 let usable = if budget.gib > 0.0 { signed(budget.bytes().saturating_add(extra)) } else { -1 };
-                let paid = signed(fixed_bytes.saturating_add(budget.framework_bytes));
+                let beside: u64 = budget.beside(workload).iter().map(|(_, bytes)| bytes).sum();
+                let paid = signed(fixed_bytes.saturating_add(beside));
                 Rank { capacity: usable.saturating_sub(paid).max(-1), speed: budget.speed.unwrap_or(1.0) }
             })
             .collect();
