@@ -1,6 +1,6 @@
 //! Host time of a list call between two ranks of one GPU, beside two bare launches through the same driver calls.
 //!
-//! Prints one line of JSON: `cargo bench --features cuda-pin --bench cuda_launch`. benches/cuda.py puts the time of
+//! Prints one line of JSON: `cargo bench --features cuda-pin --bench cuda_launch`. benches/gpus puts the time of
 //! the same call from Python beside it.
 
 use std::ffi::{CString, c_void};
