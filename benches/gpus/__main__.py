@@ -188,7 +188,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--ranks", type=int, help="ranks; as many as there are GPUs if left out, at least 2")
     parser.add_argument(
-        "--only", nargs="+", choices=names.OPERATIONS, help="operations to measure; all if left out"
+        "--only",
+        nargs="+",
+        choices=names.OPERATIONS,
+        metavar="OPERATION",
+        help=f"operations to measure, all if left out: {', '.join(map(repr, names.OPERATIONS))}",
     )
     parser.add_argument("--rows", nargs="+", type=int, help="sizes to measure, of those that there are")
     parser.add_argument("--rounds", type=int, default=5, help="turns of which medians are taken")
@@ -206,7 +210,7 @@ def main() -> None:
     launch: dict[str, float] = {}
     if arguments.launch is not None:
         line = arguments.launch.read_text(encoding="utf-8").strip().splitlines()[-1]
-        launch = {name: float(us) for name, us in json.loads(line).items() if isinstance(us, (int, float))}
+        launch = {name: float(us) for name, us in json.loads(line).items() if name.endswith("_us")}
     cards = gpus()
     if not cards:
         raise SystemExit("no CUDA device: nothing to measure")
