@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,7 @@ def split_of(ranks: int) -> list[tuple[int, int, int]]:
     return [(rank, rank * width, (rank + 1) * width) for rank in range(ranks)]
 
 
+@functools.lru_cache(maxsize=2)
 def sources(operation: str, rows: int, ranks: int, seed: int) -> list[torch.Tensor]:
     """What each rank brings, in host memory; every process makes the same from the same seed."""
     width = width_of(ranks)

@@ -32,7 +32,8 @@ class Work:
         self.rows = rows
         self.split = split_of(self.ranks)
         self.made = sources(operation, rows, self.ranks, seed)
-        self.inputs = [part.half().to(device) for part, device in zip(self.made, self.devices, strict=True)]
+        self.sources = [part.half().to(device) for part, device in zip(self.made, self.devices, strict=True)]
+        self.inputs = [source.clone() for source in self.sources]
         self.whole = (rows, width_of(self.ranks) * self.ranks)
         self.outputs: list[torch.Tensor] = []
         if operation == names.ALL_GATHER:
@@ -53,8 +54,8 @@ class Work:
 
     def restore(self) -> None:
         """Bring the inputs back to what they were, and spoil the outputs."""
-        for tensor, part in zip(self.inputs, self.made, strict=True):
-            tensor.copy_(part)
+        for tensor, source in zip(self.inputs, self.sources, strict=True):
+            tensor.copy_(source)
         for output in self.outputs:
             output.fill_(float("nan"))
         self.returned = None
@@ -118,12 +119,12 @@ class Work:
             return comm.reduce_add(parts, destination=indices[0])
 
         return {
-            (names.ALL_REDUCE, names.TORCH_COMM): lambda: comm.broadcast(reduce_add(), out=parts),
-            (names.ALL_REDUCE, names.REDUCE_ADD): keep(reduce_add),
+            (names.ALL_REDUCE, names.TORCH_COMM): keep(lambda: comm.broadcast(reduce_add(), indices)),
+            (names.ALL_REDUCE, names.REDUCE_ADD): keep(lambda: [reduce_add()]),
             (names.BROADCAST, names.TORCH_COMM): keep(lambda: comm.broadcast(parts[0], indices)),
             (names.BROADCAST, names.SCATTER): keep(lambda: comm.scatter(parts[0], indices, widths, dim=1)),
             (names.GATHER_GPU, names.TORCH_COMM): keep(
-                lambda: comm.gather(parts, dim=1, destination=indices[0])
+                lambda: [comm.gather(parts, dim=1, destination=indices[0])]
             ),
         }
 
@@ -168,7 +169,7 @@ class Work:
         what = f"{name}: {self.operation}, {self.rows} rows"
         if self.operation == names.ALL_REDUCE:
             wanted = total(self.made)
-            for tensor in [self.returned] if name == names.REDUCE_ADD else self.inputs:
+            for tensor in self.inputs if self.returned is None else self.returned:
                 require(what, tensor, wanted)
         elif self.operation == names.BROADCAST:
             self._check_copies(what, name)
@@ -183,7 +184,7 @@ class Work:
             require(what, tensor, self.made[0][:, start:end] if name == names.SCATTER else self.made[0])
 
     def _check_gathered(self, what: str, name: str) -> None:
-        for tensor in self.outputs if self.returned is None else [self.returned]:
+        for tensor in self.outputs if self.returned is None else self.returned:
             if name in {names.TORCH_NCCL, names.LIMIT}:
                 # One after the other instead of side by side.
                 require(what, tensor.view(-1), torch.cat([part.view(-1) for part in self.made]))

@@ -2,10 +2,10 @@
 
     python -m benches.gpus.tune [--ranks N] [--peers proved staged] [--knob NAME=VALUE,...] [--out FOLDER]
 
-Every value of a knob is measured in turn with every other, in graphs, over all sizes. Printed are the times, the
-value whose times are the shortest over all sizes together, and for thresholds the size from which the other
-algorithm is faster. `--knob` tries values of any keyword of `tp_rs.Communicator` that takes a number. The file
-tuned.json in `--out` says for which GPUs and links it holds.
+Every value of a knob is measured in turn with every other, in graphs, over all sizes. Printed are the times,
+the value whose times are the shortest over all sizes together, and for thresholds the size from which the
+other algorithm is faster. `--knob` tries values of any keyword of `tp_rs.Communicator` that takes a number.
+What `--out` gets, tuned.json, says for which GPUs and links it holds.
 """
 
 from __future__ import annotations

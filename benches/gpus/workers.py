@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Imports, contexts, and NCCL's start.
 START_SECONDS = 150.0
-ANSWER_SECONDS = 90.0
+ANSWER_SECONDS = 60.0
 # For the other ranks, once one of them has failed.
 GRACE_SECONDS = 3.0
 STARTS = 6
@@ -32,6 +32,7 @@ COMMON = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
+    "NCCL_DEBUG": "WARN",
     "PYTHONUNBUFFERED": "1",
 }
 ENVIRONMENTS: dict[str, dict[str, str]] = {
@@ -49,8 +50,15 @@ class FailedError(Exception):
 class Worker:
     """One process, in a process group of its own so that all that it starts ends with it."""
 
-    def __init__(self, spec: Mapping[str, Any], environment: Mapping[str, str], log: IO[bytes]) -> None:
-        command = [sys.executable, "-m", f"{__package__}.worker", json.dumps(spec)]
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        environment: Mapping[str, str],
+        log: IO[bytes],
+        command: list[str] | None = None,
+    ) -> None:
+        if command is None:
+            command = [sys.executable, "-m", f"{__package__}.worker", json.dumps(spec)]
         # The folder from which the package is named as it is here.
         folder = Path(__file__).resolve().parents[len(str(__package__).split("."))]
         self.process = subprocess.Popen(  # noqa: S603  this package's own module
@@ -63,7 +71,8 @@ class Worker:
             start_new_session=True,
         )
         self.answers: queue.Queue[bytes | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         if self.process.stdout is not None:
@@ -97,6 +106,12 @@ class Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(20)
+        self.reader.join(5)
+        for pipe in (self.process.stdin, self.process.stdout):
+            # What was not read any more is lost, as it should be.
+            with contextlib.suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
 
     def end(self, seconds: float = 20.0) -> None:
         """Let it give everything back; end it where that takes long."""
