@@ -7,8 +7,8 @@
 # Wants the package installed (or on PYTHONPATH) beside torch and pytest. By default it takes less than 8 minutes.
 #   STEPS          which of: tests expandable async soak memcheck racecheck bench tune; all but the sanitizer's
 #                  and tune if not said
-#   SOAK_SECONDS   length of the random test (60)
-#   BENCH_SECONDS  length of the measurements (180)
+#   SOAK_SECONDS   length of the random test (45)
+#   BENCH_SECONDS  the measurements take no longer (150)
 #   SANITIZER=1    adds compute-sanitizer over a reduced set (memcheck, racecheck)
 #   LAUNCH         a built bench `cuda_launch` (cargo bench --no-run --features cuda-pin --bench cuda_launch)
 #   PYTHON         the interpreter (python3)
@@ -64,7 +64,7 @@ mapfile -t devices < <(for ((i = 0; i < gpus; i++)); do echo "cuda:$i"; done)
 wants tests && step tests 360 "${pytest[@]}" -rf --durations=10 tests/python/gpu
 wants expandable && with_allocator expandable expandable_segments:True
 wants async && with_allocator async backend:cudaMallocAsync
-soak=${SOAK_SECONDS:-60}
+soak=${SOAK_SECONDS:-45}
 wants soak && step soak $((soak + 90)) "$python" tests/python/gpu/soak.py --seconds "$soak" --devices "${devices[@]}"
 for tool in memcheck racecheck; do
   wants "$tool" && step "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 9 "${pytest[@]}" \
@@ -75,7 +75,7 @@ if wants bench; then
   if [[ -n ${LAUNCH:-} ]]; then
     timeout 60 "$LAUNCH" --bench >"$out/launch.json" && launch=(--launch "$out/launch.json")
   fi
-  bench=${BENCH_SECONDS:-180}
+  bench=${BENCH_SECONDS:-150}
   LINES_SHOWN=200 step bench $((bench + 120)) "$python" -m benches.gpus --out "$out" --seconds "$bench" "${launch[@]}"
 fi
 wants tune && LINES_SHOWN=60 step tune 300 "$python" -m benches.gpus.tune --out "$out"

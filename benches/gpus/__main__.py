@@ -98,6 +98,15 @@ class Bench:
         # Who failed once is not asked again: its processes would have to be started anew each time.
         self.failed: dict[names.Candidate, str] = {}
 
+    def spawn(self, operations: list[str]) -> None:
+        """Let all processes that will be needed start at the same time."""
+        for kind, group in self.groups.items():
+            if any(
+                one.group == kind and one.operation in operations and not names.why_not(one, self.devices)
+                for one in names.CANDIDATES
+            ):
+                group.spawn()
+
     def size(self, operation: str, rows: int) -> None:
         """Measure all candidates of an operation at one size, in turns."""
         results = [report.Result(one, rows) for one in names.CANDIDATES if one.operation == operation]
@@ -222,7 +231,9 @@ def main() -> None:
         facts = about(cards, devices, arguments.rounds)
         bench = Bench(devices, folder, arguments.rounds, arguments.seconds)
         try:
-            for operation in arguments.only or names.OPERATIONS:
+            operations = arguments.only or list(names.OPERATIONS)
+            bench.spawn(operations)
+            for operation in operations:
                 started = time.monotonic()
                 for rows in names.rows_of(operation):
                     if arguments.rows is None or rows in arguments.rows or operation == names.CALL:

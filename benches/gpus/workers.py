@@ -136,6 +136,7 @@ class Group:
         self.folder = folder
         self.workers: list[Worker] = []
         self.starts = 0
+        self.ready = False
 
     def _specs(self) -> list[dict[str, Any]]:
         if self.kind == names.ONE:
@@ -146,19 +147,26 @@ class Group:
             for rank in range(len(self.devices))
         ]
 
-    def start(self) -> None:
-        """Start the processes and wait until they are ready."""
+    def spawn(self) -> None:
+        """Start the processes, if they are not there, without waiting for them."""
         if self.workers:
             return
         if self.starts >= STARTS:
             raise FailedError(f"given up after {STARTS} starts")
         self.starts += 1
+        self.ready = False
         name = "".join(letter if letter.isalnum() else "-" for letter in self.kind)
         for spec in self._specs():
             path = self.folder / f"{name}-{spec.get('rank', 0)}.log"
             with path.open("ab") as log:
                 self.workers.append(Worker(spec, ENVIRONMENTS[self.kind], log))
-        self._answers(START_SECONDS)
+
+    def start(self) -> None:
+        """Start the processes, if they are not there, and wait until they are ready."""
+        self.spawn()
+        if not self.ready:
+            self._answers(START_SECONDS)
+            self.ready = True
 
     def _answers(self, seconds: float) -> list[dict[str, Any]]:
         """An answer from each process; kills all of them where one fails."""
