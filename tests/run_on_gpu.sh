@@ -1,49 +1,90 @@
 #!/usr/bin/env bash
-# All tests and benchmarks that need an NVIDIA GPU, and a short table last.
+# All tests and benchmarks that need an NVIDIA GPU, and a short table last. With several GPUs ranks are on all of
+# them too; with one they share it, and what needs two is skipped with the reason.
 #
-#   tests/run_on_gpu.sh [folder for JSON and pictures]
+#   tests/run_on_gpu.sh [folder for logs, JSON and pictures]
 #
-# Wants the package installed (or on PYTHONPATH) beside torch and pytest. SOAK_SECONDS sets the length of the random
-# test, SANITIZER=1 adds compute-sanitizer over a reduced set, LAUNCH names a built bench `cuda_launch`
-# (cargo bench --no-run --features cuda-pin --bench cuda_launch).
+# Wants the package installed (or on PYTHONPATH) beside torch and pytest. By default it takes less than 8 minutes.
+#   STEPS          which of: tests expandable async soak memcheck racecheck bench tune; all but the sanitizer's
+#                  and tune if not said
+#   SOAK_SECONDS   length of the random test (45)
+#   BENCH_SECONDS  the measurements take no longer (150)
+#   SANITIZER=1    adds compute-sanitizer over a reduced set (memcheck, racecheck)
+#   LAUNCH         a built bench `cuda_launch` (cargo bench --no-run --features cuda-pin --bench cuda_launch)
+#   PYTHON         the interpreter (python3)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-$(mktemp -d)}
 mkdir -p "$out"
+out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
+steps=${STEPS:-tests expandable async soak bench}
+[[ ${SANITIZER:-0} == 1 ]] && steps+=" memcheck racecheck"
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD/tests/python:$PWD/tests/python/gpu
-declare -A verdict
+# NVLink multicast is not needed, and a program that ends badly while it uses it can harm the whole server.
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
+names=()
+declare -A verdict seconds
 pytest=("$python" -m pytest -q --import-mode=importlib -p no:cacheprovider -c tests/python/gpu/pytest.ini
   --rootdir tests/python/gpu --confcutdir tests/python/gpu)
 
+# step NAME LIMIT COMMAND...: runs it for no longer than so many seconds.
 step() {
-  local name=$1
-  shift
+  local name=$1 limit=$2 code started=$SECONDS
+  shift 2
   echo "== $name"
-  if "$@" >"$out/$name.log" 2>&1; then verdict[$name]=passed; else verdict[$name]=FAILED; fi
+  timeout --kill-after=15 "$limit" "$@" >"$out/$name.log" 2>&1
+  code=$?
+  names+=("$name")
+  seconds[$name]=$((SECONDS - started))
+  case $code in
+    0) verdict[$name]=passed ;;
+    124 | 137) verdict[$name]="FAILED: not done in $limit s" ;;
+    *) verdict[$name]="FAILED ($code)" ;;
+  esac
   tail -n "${LINES_SHOWN:-5}" "$out/$name.log"
 }
 
+wants() { [[ " $steps " == *" $1 "* ]]; }
+
+# An allocator whose memory no peer can map by itself.
+with_allocator() {
+  local name=$1 setting=$2
+  PYTORCH_CUDA_ALLOC_CONF=$setting PYTORCH_ALLOC_CONF=$setting step "$name" 120 "${pytest[@]}" \
+    tests/python/gpu -k "(proved and float16 and not context) or test_graphs or test_small_set"
+}
+
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-step tests "${pytest[@]}" tests/python/gpu
-# The allocator whose memory no peer can map by itself.
-PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTORCH_ALLOC_CONF=expandable_segments:True \
-  step expandable "${pytest[@]}" tests/python/gpu -k "sum_in_rank_order and float16 or gathers and float16"
-step soak "$python" tests/python/gpu/soak.py --seconds "${SOAK_SECONDS:-60}"
-if [[ ${SANITIZER:-0} == 1 ]]; then
-  for tool in memcheck racecheck; do
-    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "${pytest[@]}" tests/python/gpu/test_small_set.py
-  done
+nvidia-smi topo -m 2>/dev/null | sed -n '/GPU0/p;/GPU1/p'
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())') || exit 1
+echo "$gpus GPU(s)"
+((gpus > 0)) || { echo 'no GPU that torch can use: nothing to run' >&2; exit 1; }
+mapfile -t devices < <(for ((i = 0; i < gpus; i++)); do echo "cuda:$i"; done)
+
+wants tests && step tests 360 "${pytest[@]}" -rf --durations=10 tests/python/gpu
+wants expandable && with_allocator expandable expandable_segments:True
+wants async && with_allocator async backend:cudaMallocAsync
+soak=${SOAK_SECONDS:-45}
+wants soak && step soak $((soak + 90)) "$python" tests/python/gpu/soak.py --seconds "$soak" --devices "${devices[@]}"
+for tool in memcheck racecheck; do
+  wants "$tool" && step "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 9 "${pytest[@]}" \
+    tests/python/gpu/test_small_set.py
+done
+if wants bench; then
+  launch=()
+  if [[ -n ${LAUNCH:-} ]]; then
+    timeout 60 "$LAUNCH" --bench >"$out/launch.json" && launch=(--launch "$out/launch.json")
+  fi
+  bench=${BENCH_SECONDS:-150}
+  LINES_SHOWN=200 step bench $((bench + 120)) "$python" -m benches.gpus --out "$out" --seconds "$bench" "${launch[@]}"
 fi
-launch=()
-if [[ -n ${LAUNCH:-} ]]; then
-  "$LAUNCH" --bench >"$out/launch.json" && launch=(--launch "$out/launch.json")
-fi
-LINES_SHOWN=30 step bench "$python" benches/cuda.py --json "$out/cuda.json" "${launch[@]}"
+wants tune && LINES_SHOWN=60 step tune 300 "$python" -m benches.gpus.tune --out "$out"
+
 echo
 failed=0
-for name in "${!verdict[@]}"; do
-  printf '%-12s %s\n' "$name" "${verdict[$name]}"
+printf '%-12s %8s  %s\n' step seconds verdict
+for name in "${names[@]}"; do
+  printf '%-12s %8d  %s\n' "$name" "${seconds[$name]}" "${verdict[$name]}"
   [[ ${verdict[$name]} == passed ]] || failed=1
 done
 exit $failed

@@ -39,6 +39,10 @@ pub enum Peers {
     /// As if the driver claimed access that does not work. To test that the proof notices.
     #[doc(hidden)]
     Lying,
+    /// As [`Peers::Proved`], but ranks reach only themselves and ranks after them. To test pairs that are connected in
+    /// one direction.
+    #[doc(hidden)]
+    OneWay,
 }
 
 impl Default for CommOptions {

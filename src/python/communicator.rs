@@ -115,6 +115,7 @@ impl Communicator {
             "proved" => Peers::Proved,
             "staged" => Peers::Staged,
             "lying" => Peers::Lying,
+            "one way" => Peers::OneWay,
             other => {
                 return Err(invalid(py, "peers", format!("{other:?}"), "\"proved\" or \"staged\""));
             }

@@ -85,11 +85,12 @@ impl Rooms {
             })
             .collect();
         let connections = match peers {
-            Peers::Proved => Some(connect(&provers, false)?),
+            Peers::Proved | Peers::OneWay => Some(connect(&provers, false)?),
             Peers::Lying => Some(connect(&provers, true)?),
             Peers::Staged => None,
         };
-        let plan = Plan { seats, connections, ranks, small: small_bytes(ranks), blocks };
+        let one_way = peers == Peers::OneWay;
+        let plan = Plan { seats, connections, one_way, ranks, small: small_bytes(ranks), blocks };
         plan.build()
     }
 
@@ -163,6 +164,8 @@ impl Rooms {
 struct Plan<'a> {
     seats: &'a Seats<'a>,
     connections: Option<Connections>,
+    /// Whether ranks reach only those after them.
+    one_way: bool,
     ranks: usize,
     small: usize,
     blocks: usize,
@@ -170,6 +173,9 @@ struct Plan<'a> {
 
 impl Plan<'_> {
     fn reaches(&self, from: usize, to: usize) -> bool {
+        if self.one_way && from > to {
+            return false;
+        }
         let (Some(&from), Some(&to)) = (self.seats.of.get(from), self.seats.of.get(to)) else { return false };
         self.connections.as_ref().is_some_and(|connections| connections.reaches(from, to))
     }

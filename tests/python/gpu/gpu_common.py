@@ -1,4 +1,4 @@
-"""What the GPU tests share: ranks with streams of their own, and sums made in another way."""
+"""What the GPU tests share: where ranks are, streams of their own for them, and sums made in another way."""
 
 from __future__ import annotations
 
@@ -21,12 +21,47 @@ FLOATS = [
     torch.float8_e5m2,
 ]
 MOVED = [*FLOATS, torch.int8, torch.uint8]
-DEVICE = "cuda:0"
+# How data gets from rank to rank: directly, through host memory, or each in one direction of every pair.
+PEERS = ["proved", "staged", "one way"]
 
 
-def make(ranks: int, **options: Any) -> tp_rs.Communicator:
-    """A communicator whose ranks all are on the first GPU."""
-    return tp_rs.Communicator([DEVICE] * ranks, **options)
+class Place:
+    """Which GPU every rank is on: all on the first, or taking turns at all that there are."""
+
+    def __init__(self, gpus: int) -> None:
+        self.gpus = gpus
+
+    def on(self, rank: int) -> str:
+        """The device of a rank."""
+        return f"cuda:{rank % self.gpus}"
+
+    def devices(self, ranks: int) -> list[str]:
+        """The device of every rank."""
+        return [self.on(rank) for rank in range(ranks)]
+
+    def make(self, ranks: int, **options: Any) -> tp_rs.Communicator:
+        """A communicator of so many ranks."""
+        return tp_rs.Communicator(self.devices(ranks), **options)
+
+    def put(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Each rank's part on its device."""
+        return [part.to(self.on(rank)) for rank, part in enumerate(parts)]
+
+    def deal(
+        self, parts: Sequence[torch.Tensor], split: Sequence[tuple[int, int, int]]
+    ) -> list[torch.Tensor]:
+        """Parts that belong to the intervals of a split, each on the device of the interval's rank."""
+        return [part.to(self.on(rank)) for part, (rank, _, _) in zip(parts, split, strict=True)]
+
+    def streams(self, ranks: int) -> list[torch.cuda.Stream]:
+        """A new stream a rank."""
+        return [torch.cuda.Stream(self.on(rank)) for rank in range(ranks)]
+
+
+def synchronize() -> None:
+    """Wait for all GPUs, not only the current one."""
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(index)
 
 
 def random_tensor(shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -65,9 +100,9 @@ def each_rank(
     count = len(comm.devices)
     results: list[Any] = [None] * count
     errors: list[BaseException] = []
-    streams = [torch.cuda.Stream(DEVICE) for _ in range(count)]
+    streams = [torch.cuda.Stream(device) for device in comm.devices]
     for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
 
     def run(rank: int) -> None:
         try:
@@ -85,6 +120,6 @@ def each_rank(
         thread.join()
     if errors:
         raise errors[0]
-    torch.cuda.synchronize()
+    synchronize()
     comm.check()
     return results

@@ -6,23 +6,23 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from gpu_common import DEVICE, bits, make, random_tensor, seed, split_of, summed  # noqa: E402
+from gpu_common import PEERS, bits, random_tensor, seed, split_of, summed  # noqa: E402
 
 
-@pytest.mark.parametrize("peers", ["proved", "staged"])
+@pytest.mark.parametrize("peers", PEERS)
 @pytest.mark.parametrize("elements", [1, 1001, 300001])
-def test_every_operation_once(peers, elements):
-    comm = make(2, peers=peers)
+def test_every_operation_once(place, peers, elements):
+    comm = place.make(2, peers=peers)
     parts = [random_tensor((2, elements), torch.float16, seed()) for _ in range(2)]
-    tensors = [part.to(DEVICE) for part in parts]
+    tensors = place.put(parts)
     comm.all_reduce(tensors)
     comm.wait()
     assert all(torch.equal(bits(tensor), bits(summed(parts))) for tensor in tensors)
 
     split = split_of((elements, 2 * elements))
     whole = random_tensor((3, 3 * elements), torch.bfloat16, seed())
-    pieces = [whole[:, a:b].contiguous().to(DEVICE) for _, a, b in split]
-    targets = [torch.zeros_like(whole, device=DEVICE) for _ in range(2)]
+    pieces = place.deal([whole[:, a:b].contiguous() for _, a, b in split], split)
+    targets = [torch.zeros_like(whole, device=place.on(rank)) for rank in range(2)]
     comm.all_gather(pieces, split, targets)
     comm.wait()
     assert all(torch.equal(bits(target), bits(whole)) for target in targets)

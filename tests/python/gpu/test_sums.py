@@ -1,4 +1,4 @@
-"""Sums between ranks on one GPU, bit for bit as sums in rank order made by torch on the host."""
+"""Sums between ranks on GPUs, bit for bit as sums in rank order made by torch on the host."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from gpu_common import DEVICE, FLOATS, bits, each_rank, make, random_tensor, seed, split_of, summed  # noqa: E402
+from gpu_common import FLOATS, PEERS, bits, each_rank, random_tensor, seed, split_of, summed  # noqa: E402
 
 # Around the widths of packs, vectors, cache lines and blocks, and on both sides of the change of algorithms.
 SHAPES = [(1,), (3,), (1, 8), (1, 4096), (7, 33), (3, 5, 129), (1, 65537), (64, 8192), (1, 1000003)]
@@ -14,27 +14,27 @@ SHAPES = [(1,), (3,), (1, 8), (1, 4096), (7, 33), (3, 5, 129), (1, 65537), (64, 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("peers", ["proved", "staged"])
-def test_all_reduce_is_the_sum_in_rank_order(ranks, dtype, peers):
-    comm = make(ranks, peers=peers)
+@pytest.mark.parametrize("peers", PEERS)
+def test_all_reduce_is_the_sum_in_rank_order(place, ranks, dtype, peers):
+    comm = place.make(ranks, peers=peers)
     for shape in SHAPES:
         parts = [random_tensor(shape, dtype, seed()) for _ in range(ranks)]
         expected = bits(summed(parts))
-        tensors = [part.to(DEVICE) for part in parts]
+        tensors = place.put(parts)
         comm.all_reduce(tensors)
         comm.wait()
         for tensor in tensors:
             assert torch.equal(bits(tensor), expected), (shape, "list")
-        tensors = [part.to(DEVICE) for part in parts]
+        tensors = place.put(parts)
         each_rank(comm, lambda view, rank, tensors=tensors: view.all_reduce(tensors[rank]))
         for tensor in tensors:
             assert torch.equal(bits(tensor), expected), (shape, "ranks")
 
 
-@pytest.mark.parametrize("peers", ["proved", "staged"])
+@pytest.mark.parametrize("peers", PEERS)
 @pytest.mark.parametrize("elements", [500, 300000])
-def test_special_values_pass_through(peers, elements):
-    comm = make(3, peers=peers)
+def test_special_values_pass_through(place, peers, elements):
+    comm = place.make(3, peers=peers)
     values = torch.tensor([-0.0, 0.0, float("inf"), float("-inf"), float("nan"), 1e-45, 3.0])
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         parts = [
@@ -43,7 +43,7 @@ def test_special_values_pass_through(peers, elements):
             ].to(dtype)
             for _ in range(3)
         ]
-        tensors = [part.to(DEVICE) for part in parts]
+        tensors = place.put(parts)
         comm.all_reduce(tensors)
         comm.wait()
         expected = summed(parts)
@@ -55,14 +55,14 @@ def test_special_values_pass_through(peers, elements):
             assert torch.equal(bits(got), bits(tensors[0]))
 
 
-@pytest.mark.parametrize("peers", ["proved", "staged"])
+@pytest.mark.parametrize("peers", PEERS)
 @pytest.mark.parametrize("elements", [1000, 400000])
-def test_ranks_without_a_part_and_ranks_that_only_receive(peers, elements):
-    comm = make(4, peers=peers)
+def test_ranks_without_a_part_and_ranks_that_only_receive(place, peers, elements):
+    comm = place.make(4, peers=peers)
     parts = [random_tensor((elements,), torch.float16, seed()) for _ in range(2)]
     expected = bits(summed(parts))
-    tensors = [part.to(DEVICE) for part in parts]
-    received = torch.full((elements,), float("nan"), dtype=torch.float16, device=DEVICE)
+    tensors = [part.to(place.on(rank)) for part, rank in zip(parts, (0, 3), strict=True)]
+    received = torch.full((elements,), float("nan"), dtype=torch.float16, device=place.on(2))
 
     def call(view, rank):
         if rank == 0:
@@ -79,13 +79,13 @@ def test_ranks_without_a_part_and_ranks_that_only_receive(peers, elements):
         assert torch.equal(bits(tensor), expected)
 
 
-@pytest.mark.parametrize("peers", ["proved", "staged"])
+@pytest.mark.parametrize("peers", PEERS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_strided_rows_and_odd_addresses(dtype, peers):
-    comm = make(2, peers=peers)
+def test_strided_rows_and_odd_addresses(place, dtype, peers):
+    comm = place.make(2, peers=peers)
     for rows, columns in ((5, 37), (64, 1024), (300, 2051)):
         wide = [random_tensor((rows, columns + 11), dtype, seed()) for _ in range(2)]
-        whole = [w.to(DEVICE) for w in wide]
+        whole = place.put(wide)
         views = [w[:, 3 : 3 + columns] for w in whole]
         expected = summed([w[:, 3 : 3 + columns] for w in wide])
         comm.all_reduce(views)
@@ -97,31 +97,33 @@ def test_strided_rows_and_odd_addresses(dtype, peers):
             assert torch.equal(bits(now[:, 3 + columns :]), bits(old[:, 3 + columns :]))
 
 
-@pytest.mark.parametrize("peers", ["proved", "staged"])
+@pytest.mark.parametrize("peers", PEERS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shares", [(4, 3), (5, 0, 2), (64, 64), (1, 30, 1, 8)])
-def test_reduce_scatter(shares, dtype, peers):
+def test_reduce_scatter(place, shares, dtype, peers):
     ranks, total = len(shares), sum(shares)
-    comm = make(ranks, peers=peers)
+    comm = place.make(ranks, peers=peers)
     split = split_of(shares)
     for rows, dim in ((1, 1), (9, 24), (257, 128)):
         parts = [random_tensor((rows, total * dim), dtype, seed()) for _ in range(ranks)]
         expected = summed(parts)
-        outputs = [torch.full((rows, (b - a) * dim), 7, device=DEVICE).to(dtype) for _, a, b in split]
-        comm.reduce_scatter([part.to(DEVICE) for part in parts], outputs, split, dim=dim)
+        outputs = [
+            torch.full((rows, (b - a) * dim), 7, device=place.on(rank)).to(dtype) for rank, a, b in split
+        ]
+        comm.reduce_scatter(place.put(parts), outputs, split, dim=dim)
         comm.wait()
         for (_, a, b), output in zip(split, outputs, strict=True):
             assert torch.equal(bits(output), bits(expected[:, a * dim : b * dim]))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_add_residual(dtype):
-    comm = make(3)
+def test_add_residual(place, dtype):
+    comm = place.make(3)
     split = split_of((3, 0, 5))
     targets = [random_tensor((6, (b - a) * 16), dtype, seed()) for _, a, b in split]
     sources = [random_tensor((6, 128), dtype, seed()) for _ in split]
-    on_gpu = [target.to(DEVICE) for target in targets]
-    comm.add_residual(on_gpu, [source.to(DEVICE) for source in sources], split, dim=16)
+    on_gpu = place.deal(targets, split)
+    comm.add_residual(on_gpu, place.deal(sources, split), split, dim=16)
     comm.wait()
     for (_, a, b), got, target, source in zip(split, on_gpu, targets, sources, strict=True):
         assert torch.equal(bits(got), bits(summed([target, source[:, a * 16 : b * 16]])))

@@ -1,0 +1,188 @@
+"""Captured graphs: one a rank, replayed in any order beside eager calls, on one GPU and on several."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from gpu_common import (  # noqa: E402
+    PEERS,
+    Place,
+    bits,
+    each_rank,
+    random_tensor,
+    seed,
+    split_of,
+    summed,
+    synchronize,
+)
+
+# For what only ranks of one GPU do.
+ONE = Place(1)
+
+
+def capture(stream, work):
+    """A graph of what `work` does on a stream."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    return graph
+
+
+def replay(graphs, streams, order):
+    for rank in order:
+        with torch.cuda.stream(streams[rank]):
+            graphs[rank].replay()
+
+
+@pytest.mark.parametrize("peers", PEERS)
+def test_graphs_of_each_rank_replay_in_any_order_beside_eager_calls(place, peers):
+    ranks = 3
+    comm = place.make(ranks, peers=peers)
+    sizes = [64, 5000, 700000]
+    tensors = [[torch.zeros(size, device=place.on(rank)) for size in sizes] for rank in range(ranks)]
+    streams = place.streams(ranks)
+    synchronize()
+
+    def all_sums(rank):
+        for tensor in tensors[rank]:
+            comm.rank(rank).all_reduce(tensor)
+
+    graphs = [capture(streams[rank], lambda rank=rank: all_sums(rank)) for rank in range(ranks)]
+    orders = list(itertools.permutations(range(ranks)))
+    for order in orders * 3:
+        parts = [[random_tensor((size,), torch.float32, seed()) for size in sizes] for _ in range(ranks)]
+        for rank in range(ranks):
+            for tensor, part in zip(tensors[rank], parts[rank], strict=True):
+                tensor.copy_(part)
+        synchronize()
+        replay(graphs, streams, order)
+        synchronize()
+        comm.check()
+        for index in range(len(sizes)):
+            expected = bits(summed([parts[rank][index] for rank in range(ranks)]))
+            for rank in range(ranks):
+                assert torch.equal(bits(tensors[rank][index]), expected), (order, rank, sizes[index])
+        eager = [random_tensor((999,), torch.float16, seed()) for _ in range(ranks)]
+        on_gpu = place.put(eager)
+        if random.random() < 0.5:
+            comm.all_reduce(on_gpu)
+            comm.wait()
+        else:
+            each_rank(comm, lambda view, rank, on_gpu=on_gpu: view.all_reduce(on_gpu[rank]))
+        for tensor in on_gpu:
+            assert torch.equal(bits(tensor), bits(summed(eager)))
+
+
+@pytest.mark.parametrize("peers", PEERS)
+def test_a_graph_of_every_operation(place, peers):
+    ranks, rows, shares = 3, 5, (130, 0, 257)
+    comm = place.make(ranks, peers=peers)
+    split, columns = split_of(shares), sum(shares)
+    streams = place.streams(ranks)
+
+    def empty(rank, width):
+        return torch.zeros(rows, width, dtype=torch.float16, device=place.on(rank))
+
+    sums = [empty(rank, columns) for rank in range(ranks)]
+    copies = [empty(rank, columns) for rank in range(ranks)]
+    wholes = [empty(rank, columns) for rank in range(ranks)]
+    parts = [empty(rank, width) if width else None for rank, width in enumerate(shares)]
+    synchronize()
+
+    def work(rank):
+        view = comm.rank(rank)
+        view.all_reduce(sums[rank])
+        view.broadcast(copies[rank], root=1)
+        # What was summed is scattered, and gathered again.
+        view.reduce_scatter(sums[rank], parts[rank], split)
+        view.all_gather(parts[rank], split, wholes[rank])
+        view.barrier()
+
+    graphs = [capture(streams[rank], lambda rank=rank: work(rank)) for rank in range(ranks)]
+    for _ in range(10):
+        sources = [random_tensor((rows, columns), torch.float16, seed()) for _ in range(ranks)]
+        others = [random_tensor((rows, columns), torch.float16, seed()) for _ in range(ranks)]
+        for rank in range(ranks):
+            sums[rank].copy_(sources[rank])
+            copies[rank].copy_(others[rank])
+        synchronize()
+        replay(graphs, streams, random.sample(range(ranks), ranks))
+        synchronize()
+        comm.check()
+        total = summed(sources)
+        thrice = summed([total] * ranks)
+        for rank in range(ranks):
+            assert torch.equal(bits(sums[rank]), bits(total))
+            assert torch.equal(bits(copies[rank]), bits(others[1]))
+            assert torch.equal(bits(wholes[rank]), bits(thrice))
+
+
+def test_replays_that_are_not_waited_for_in_between(place):
+    ranks = 2
+    comm = place.make(ranks)
+    tensors = [torch.zeros(4, 8192, dtype=torch.float32, device=place.on(rank)) for rank in range(ranks)]
+    streams = place.streams(ranks)
+    synchronize()
+
+    def work(rank):
+        # Halved, so that the sum stays what it is.
+        comm.rank(rank).all_reduce(tensors[rank])
+        tensors[rank].mul_(0.5)
+
+    graphs = [capture(streams[rank], lambda rank=rank: work(rank)) for rank in range(ranks)]
+    for _ in range(10):
+        parts = [random_tensor((4, 8192), torch.float32, seed()) for _ in range(ranks)]
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part)
+        synchronize()
+        for _ in range(50):
+            replay(graphs, streams, random.sample(range(ranks), ranks))
+        synchronize()
+        comm.check()
+        expected = summed(parts) * 0.5
+        for tensor in tensors:
+            assert torch.equal(bits(tensor), bits(expected))
+
+
+def test_a_captured_list_call_replays():
+    comm = ONE.make(2)
+    tensors = [torch.zeros(2, 8192, dtype=torch.float16, device=ONE.on(rank)) for rank in range(2)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        comm.all_reduce(tensors)
+    for _ in range(5):
+        parts = [random_tensor((2, 8192), torch.float16, seed()) for _ in range(2)]
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part)
+        graph.replay()
+        synchronize()
+        for tensor in tensors:
+            assert torch.equal(bits(tensor), bits(summed(parts)))
+
+
+def test_captures_on_a_stream_of_a_list_call_are_no_run_ahead():
+    comm = ONE.make(2, timeout=5)
+    stream = torch.cuda.Stream()
+    tensors = [torch.ones(100, device=ONE.on(rank)) for rank in range(2)]
+    synchronize()
+    with torch.cuda.stream(stream):
+        comm.all_reduce(tensors)
+    synchronize()
+    graphs = []
+    for rank in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(3):
+                comm.rank(rank).all_reduce(tensors[rank])
+        graphs.append(graph)
+    for graph in graphs:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.replay()
+    synchronize()
+    comm.check()
+    assert all(torch.equal(tensor.cpu(), torch.full((100,), 16.0)) for tensor in tensors)
