@@ -329,6 +329,10 @@ class TPContext(Buffers):
         """Raise what went wrong in operations so far, without waiting for those that run."""
         self._live("check").check()
 
+    def reset(self) -> None:
+        """Go on after a failed operation, once no rank is in a call; see `Communicator.reset`."""
+        self._live("reset").reset()
+
     @property
     def torch_streams(self) -> list[torch.cuda.Stream | None]:
         """The context's own streams as torch's, None for ranks on host memory, while finalized."""

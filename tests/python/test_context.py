@@ -103,6 +103,24 @@ def test_ranks_in_threads() -> None:
             list(pool.map(work, range(3)))
 
 
+def test_a_reset_context_goes_on() -> None:
+    with make("3", timeout=0.1) as ctx:
+        alone = random.randrange(3)
+        with pytest.raises(tp_rs.CollectiveTimeout) as caught:
+            ctx.rank(alone).all_reduce(torch.ones(5))
+        assert set(caught.value.missing) == {0, 1, 2} - {alone}
+        with pytest.raises(tp_rs.TPError):
+            ctx.check()
+        ctx.reset()
+        ctx.check()
+        tensors = [torch.randn(4, 5) for _ in range(3)]
+        expected = tensors[0] + tensors[1] + tensors[2]
+        ctx.all_reduce(tensors)
+        assert all(torch.equal(tensor, expected) for tensor in tensors)
+    with pytest.raises(tp_rs.TPError, match="unloaded|finalize"):
+        ctx.reset()
+
+
 def test_what_does_not_fit_the_split_is_refused() -> None:
     with make("3") as ctx:
         _, parts = pieces(ctx, BROADCAST_ID, 1, torch.float32, (2,))
