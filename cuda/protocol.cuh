@@ -13,8 +13,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr u32 MOST_RANKS = 16;
-// Blocks that one rank may use; flags are kept for so many.
-constexpr u32 MOST_BLOCKS = 128;
+// Blocks of one rank that may stage; flags are kept for so many.
+constexpr u32 MOST_STAGING_BLOCKS = 32;
 constexpr u32 THREADS = 512;
 
 // What a rank brings (Call::role, Letter::role).
@@ -43,16 +43,23 @@ struct Letter {
     u32 words[8][2];  // signature, role, data (low, high), stride (low, high), two unused
 };
 
+// A sequence number, or a sequence number << 24 | chunks. Each has a line of its own: in host memory, looks at the same
+// line from several blocks are served one after the other, a microsecond each.
+struct Flag {
+    u64 value;
+    u64 unused[15];
+};
+
 // Memory that one rank writes and one other reads. It lies with the reader where the writer can reach that, else
 // in host memory.
 struct Inbox {
-    Letter letters[2];           // of even and odd operations
-    u64 finished[MOST_BLOCKS];   // sequence number: the writer's block needs nothing of the reader any more
-    u64 staged[MOST_BLOCKS];     // sequence number << 24 | chunks that the writer's block has staged
-    u64 consumed[MOST_BLOCKS];   // the same for chunks of the reader that the writer's block is done with
-    u64 summed[MOST_BLOCKS];     // the same for chunks that the writer's block has summed
-    u32 stop;                    // the writer stopped
+    Letter letters[2];                   // of even and odd operations
+    Flag finished;                       // the operation: the writer needs nothing of the reader any more
+    u32 stop;                            // the writer stopped
     u32 unused[31];
+    Flag staged[MOST_STAGING_BLOCKS];    // chunks that the writer's block has staged
+    Flag consumed[MOST_STAGING_BLOCKS];  // chunks of the reader that the writer's block is done with
+    Flag summed[MOST_STAGING_BLOCKS];    // chunks that the writer's block has summed
     // Behind it: two areas for the data of small sums, each twice as large as the data.
 };
 
@@ -66,6 +73,7 @@ struct Rank {
     Inbox *out[MOST_RANKS];      // written by this rank, read by that one
     Inbox *in[MOST_RANKS];       // written by that rank, read by this one
     u8 *stage[MOST_RANKS];       // each rank's staging memory, as this rank sees it
+    Letter *seen[MOST_RANKS];    // both letters of each rank where blocks but the first look for them
     Status *status;
     const u32 *stop;             // set by the host
     u16 reaches;                 // a bit for each rank whose memory this one reads and writes
@@ -171,6 +179,10 @@ __device__ __forceinline__ u64 load_acquire(const u64 *at) {
 
 __device__ __forceinline__ void store_release(u64 *at, u64 value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed(u64 *at, u64 value) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
 
 __device__ __forceinline__ u64 nanoseconds() {
@@ -297,9 +309,30 @@ __device__ __forceinline__ bool receive(Patience &patience, const uint4 *part, u
     }
 }
 
+// Waits for `parts` parts of a peer's letter. The first block passes them on to the others where letters come to host
+// memory, which all blocks would look at one after the other.
+__device__ __noinline__ bool read_letter(const Call &call, u32 sequence, u32 peer, uint4 *letter, u32 parts) {
+    Rank *rank = call.rank();
+    const uint4 *own = (const uint4 *)&rank->in[peer]->letters[sequence & 1];
+    uint4 *seen = (uint4 *)&rank->seen[peer][sequence & 1];
+    Patience patience(call);
+#pragma unroll 1
+    for (u32 part = 0; part < parts; ++part) {
+        if (!receive(patience, blockIdx.x == 0 ? own + part : seen + part, sequence, peer, letter[part])) return false;
+        if (blockIdx.x == 0 && seen != own) store_volatile(seen + part, letter[part]);
+    }
+    return true;
+}
+
+// Whether a peer that brings something made the same call. A rank that only comes need not have.
+__device__ __forceinline__ bool agrees(const Call &call, u32 peer, const uint4 &what) {
+    if ((what.z & (GIVES | GETS)) == 0 || (call.role() & (GIVES | GETS)) == 0 || what.x == call.signature) return true;
+    stop(call.rank(), DISAGREED, 1u << peer, call.signature);
+    return false;
+}
+
 // Waits for all letters. Ends in a barrier of the block; `meeting` is in shared memory. False: leave at once.
-template <bool ADDRESSES> __device__ __noinline__ bool meet(const Call &call, u64 whole, Meeting &meeting) {
-    const u32 sequence = (u32)whole;
+__device__ __noinline__ bool meet(const Call &call, u64 whole, Meeting &meeting) {
     Rank *rank = call.rank();
     if (threadIdx.x == 0) {
         meeting.sequence = whole;
@@ -314,25 +347,14 @@ template <bool ADDRESSES> __device__ __noinline__ bool meet(const Call &call, u6
             about.stride = call.gives() ? call.me().input_stride : call.me().output_stride;
             about.role = call.role();
         } else {
-            Patience patience(call);
-            const uint4 *letter = (const uint4 *)&rank->in[peer]->letters[sequence & 1];
-            uint4 what, data = {}, stride = {};
-            bool came = receive(patience, letter, sequence, peer, what);
-            // A rank that only comes need not have made the same call.
-            const bool both = came && (what.z & (GIVES | GETS)) != 0 && (call.role() & (GIVES | GETS)) != 0;
-            if (both && what.x != call.signature) {
-                stop(rank, DISAGREED, 1u << peer, call.signature);
-                came = false;
-            } else if (ADDRESSES && both) {
-                came = receive(patience, letter + 1, sequence, peer, data) &&
-                       receive(patience, letter + 2, sequence, peer, stride);
-            }
-            about.data = data.x | (u64)data.z << 32;
-            about.stride = stride.x | (u64)stride.z << 32;
-            about.role = came ? what.z : 0;
+            uint4 letter[3] = {};
+            const bool came = read_letter(call, (u32)whole, peer, letter, 3) && agrees(call, peer, letter[0]);
+            about.data = letter[1].x | (u64)letter[1].z << 32;
+            about.stride = letter[2].x | (u64)letter[2].z << 32;
+            about.role = came ? letter[0].z : 0;
             if (!came) meeting.alive = false;
-            // What peers wrote before their letters is read after it. Pushed data needs no such order.
-            if (ADDRESSES) __threadfence_system();
+            // What peers wrote before their letters is read after it.
+            __threadfence_system();
         }
     }
     __syncthreads();
@@ -348,25 +370,26 @@ __device__ __noinline__ bool wait_for(const Call &call, const u64 *flag, u64 lea
     return true;
 }
 
-// Waits until no peer needs this block's memory any more and all that peers write here has been written.
-__device__ __noinline__ bool part(const Call &call, Meeting &meeting) {
-    Rank *rank = call.rank();
+// Ends an operation. The last block to come here counts it; with a meeting, first it waits until no peer needs this
+// rank's memory any more and all that peers write here has been written.
+__device__ __noinline__ void leave(const Call &call, u64 sequence, const Meeting *meeting) {
     __syncthreads();
-    const u32 peer = threadIdx.x;
-    if (peer < rank->ranks && peer != rank->rank && meeting.present(peer)) {
-        store_release(&rank->out[peer]->finished[blockIdx.x], meeting.sequence);
-        if (!wait_for(call, &rank->in[peer]->finished[blockIdx.x], meeting.sequence, peer)) meeting.alive = false;
+    if (threadIdx.x >= 32) return;
+    Rank *rank = call.rank();
+    u32 last = 0;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(&rank->leaving, 1) == gridDim.x - 1;
+        __threadfence();
     }
-    __syncthreads();
-    return meeting.alive;
-}
-
-// Counts the operation. The last block to leave does it.
-__device__ __noinline__ void close(const Call &call, u64 sequence) {
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    Rank *rank = call.rank();
-    if (atomicAdd(&rank->leaving, 1) == gridDim.x - 1) {
+    if (__shfl_sync(0xffffffff, last, 0) == 0) return;
+    const u32 peer = threadIdx.x;
+    if (meeting != nullptr && peer < rank->ranks && peer != rank->rank && meeting->present(peer)) {
+        store_release(&rank->out[peer]->finished.value, sequence);
+        wait_for(call, &rank->in[peer]->finished.value, sequence, peer);
+    }
+    __syncwarp();
+    if (threadIdx.x == 0) {
         rank->leaving = 0;
         rank->sequence = sequence;
     }

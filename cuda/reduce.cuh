@@ -55,11 +55,45 @@ template <class T> struct Eight {
     }
 };
 
+// What one thread knows of the ranks that a small sum meets.
+struct Company {
+    const Call &call;
+    Rank *rank;
+    Patience patience;
+    u32 sequence;
+    u32 known;   // a bit for each rank whose letter has come
+    u32 givers;  // a bit for each of them that gives
+
+    __device__ Company(const Call &call, u32 sequence)
+        : call(call), rank(call.rank()), patience(call), sequence(sequence), known(1u << rank->rank),
+          givers(call.gives() ? known : 0) {}
+
+    // Waits for what a peer pushed, if it gives anything. The letter is looked for at the same time: before it has come,
+    // nobody knows whether the peer made the same call.
+    __device__ __forceinline__ bool receive_from(u32 peer, const uint4 *pushed, uint4 &words) {
+        for (;;) {
+            words = load_volatile(pushed);
+            if ((known >> peer & 1) == 0) {
+                const uint4 what = load_volatile((const uint4 *)&rank->seen[peer][sequence & 1]);
+                if (what.y == sequence && what.w == sequence) {
+                    if (!agrees(call, peer, what)) return false;
+                    known |= 1u << peer;
+                    if ((what.z & GIVES) != 0) givers |= 1u << peer;
+                }
+            }
+            if ((known >> peer & 1) != 0) {
+                if ((givers >> peer & 1) == 0 || (words.y == sequence && words.w == sequence)) return true;
+                if ((rank->reached >> peer & 1) == 0) look_alone(patience, pushed, sequence, peer);
+            }
+            if (patience.over(peer)) return false;
+        }
+    }
+};
+
 // A small sum in one step: every rank pushes its tensor to all others, each 4 bytes beside the sequence number.
 // There is no barrier and nothing to clear: two areas take turns, and a rank that is one operation ahead has seen
 // that all peers are done with the one before.
 template <class T> __device__ __forceinline__ void all_reduce_small(const Call &call) {
-    __shared__ Meeting meeting;
     Rank *rank = call.rank();
     const u64 whole = announce<false>(call);
     const u32 sequence = (u32)whole;
@@ -74,51 +108,51 @@ template <class T> __device__ __forceinline__ void all_reduce_small(const Call &
                            (view.rows > 1 ? view.columns * sizeof(typename T::Bits) : 0)) &
                           7) == 0;
 
-    if (call.gives()) {
 #pragma unroll 1
-        for (u64 pack = mine; pack < packs; pack += step) {
-            Eight<T> own;
-            own.load(view, pack * count, total, aligned);
-            const uint4 words = make_uint4(own.vector.x, sequence, own.vector.y, sequence);
+    for (u64 pack = mine; pack < packs; pack += step) {
+        Eight<T> own;
+        own.load(view, pack * count, total, aligned);
+        const uint4 words = make_uint4(own.vector.x, sequence, own.vector.y, sequence);
 #pragma unroll 1
-            for (u32 hop = 1; hop < rank->ranks; ++hop) {
-                // Every rank begins with another peer, so that none is flooded.
-                const u32 peer = (rank->rank + hop) % rank->ranks;
-                store_volatile((uint4 *)((u8 *)rank->out[peer] + area) + pack, words);
-            }
+        for (u32 hop = 1; hop < rank->ranks; ++hop) {
+            // Every rank begins with another peer, so that none is flooded.
+            const u32 peer = (rank->rank + hop) % rank->ranks;
+            store_volatile((uint4 *)((u8 *)rank->out[peer] + area) + pack, words);
         }
     }
-    bool alive = meet<false>(call, whole, meeting);
-    if (alive && call.gets()) {
-        Patience patience(call);
-#pragma unroll 1
-        for (u64 pack = mine; alive && pack < packs; pack += step) {
-            Pack<T, 8> sum;
-            bool first = true;
-#pragma unroll 1
-            for (u32 peer = 0; peer < rank->ranks; ++peer) {
-                if (!meeting.gives(peer)) continue;
-                Eight<T> part;
-                if (peer == rank->rank) {
-                    part.load(view, pack * count, total, aligned);
-                } else {
-                    uint4 words;
-                    const uint4 *pushed = (const uint4 *)((u8 *)rank->in[peer] + area) + pack;
-                    if ((rank->reached >> peer & 1) == 0) look_alone(patience, pushed, sequence, peer);
-                    alive = receive(patience, pushed, sequence, peer, words);
-                    if (!alive) break;
-                    part.vector = make_uint2(words.x, words.z);
-                }
-                sum.add(part.elements, first);
-                first = false;
-            }
-            if (!alive) break;
-            Eight<T> result;
-            sum.round(result.elements);
-            result.store(view, pack * count, total, aligned);
-        }
+    bool alive = load_volatile(&rank->broken) == 0;
+    const u32 writer = threadIdx.x;
+    if (alive && blockIdx.x == 0 && writer < rank->ranks && (rank->reached >> writer & 1) == 0 && writer != rank->rank) {
+        uint4 letter;
+        alive = read_letter(call, sequence, writer, &letter, 1);
     }
-    close(call, whole);
+    Company company(call, sequence);
+#pragma unroll 1
+    for (u64 pack = mine; alive && pack < packs; pack += step) {
+        Pack<T, 8> sum;
+        bool first = true;
+#pragma unroll 1
+        for (u32 peer = 0; peer < rank->ranks; ++peer) {
+            Eight<T> part;
+            if (peer == rank->rank) {
+                part.load(view, pack * count, total, aligned);
+            } else {
+                uint4 words;
+                const uint4 *pushed = (const uint4 *)((u8 *)rank->in[peer] + area) + pack;
+                alive = company.receive_from(peer, pushed, words);
+                if (!alive) break;
+                if ((company.givers >> peer & 1) == 0) continue;
+                part.vector = make_uint2(words.x, words.z);
+            }
+            sum.add(part.elements, first);
+            first = false;
+        }
+        if (!alive) break;
+        Eight<T> result;
+        sum.round(result.elements);
+        result.store(view, pack * count, total, aligned);
+    }
+    leave(call, whole, nullptr);
 }
 
 // What one rank sums for others: of the elements [from, to) of the whole, each from all who give, written to all

@@ -70,10 +70,10 @@ struct Staging {
     u32 blocks;  // that stage; the others have nothing to do
     u32 chunk;   // bytes
 
-    // `bytes` are those of the whole: about four chunks a block, so that copies in and out overlap.
+    // `bytes` are those of the whole: about as many chunks a block as it has slots, so that copies in and out overlap.
     __device__ Staging(const Call &call, const Meeting &meeting, u64 bytes)
         : call(call), meeting(meeting), rank(call.rank()), blocks(min(gridDim.x, (u32)call.rank()->staging_blocks)) {
-        const u64 fair = (bytes / (4 * blocks) + LEAST_CHUNK - 1) / LEAST_CHUNK * LEAST_CHUNK;
+        const u64 fair = (bytes / (rank->slots * blocks) + LEAST_CHUNK - 1) / LEAST_CHUNK * LEAST_CHUNK;
         chunk = fair < LEAST_CHUNK ? LEAST_CHUNK : fair > rank->slot_bytes ? rank->slot_bytes : (u32)fair;
     }
 
@@ -128,7 +128,7 @@ struct Staging {
         bool alive = true;
         const u32 peer = threadIdx.x;
         if (index >= rank->slots && peer < rank->ranks && puts_for(peer)) {
-            alive = wait_for(call, &rank->in[peer]->consumed[blockIdx.x], mark(index - rank->slots), peer);
+            alive = wait_for(call, &rank->in[peer]->consumed[blockIdx.x].value, mark(index - rank->slots), peer);
         }
         return !__syncthreads_or(!alive);
     }
@@ -139,7 +139,7 @@ struct Staging {
         copy_line<false>(line, first(index), last(index, line.bytes), slot(rank->rank, index));
         __syncthreads();
         const u32 peer = threadIdx.x;
-        if (peer < rank->ranks && puts_for(peer)) store_release(&rank->out[peer]->staged[blockIdx.x], mark(index));
+        if (peer < rank->ranks && puts_for(peer)) store_release(&rank->out[peer]->staged[blockIdx.x].value, mark(index));
         return true;
     }
 
@@ -148,7 +148,7 @@ struct Staging {
         bool alive = true;
         const u32 peer = threadIdx.x;
         if (peer < rank->ranks && takes_from(peer) && has(peer)) {
-            alive = wait_for(call, &rank->in[peer]->staged[blockIdx.x], mark(index), peer);
+            alive = wait_for(call, &rank->in[peer]->staged[blockIdx.x].value, mark(index), peer);
         }
         return !__syncthreads_or(!alive);
     }
@@ -169,22 +169,23 @@ struct Staging {
     __device__ __noinline__ void tell_summed(u32 index) const {
         __syncthreads();
         const u32 peer = threadIdx.x;
-        if (peer < rank->ranks && puts_for(peer)) store_release(&rank->out[peer]->summed[blockIdx.x], mark(index));
+        if (peer < rank->ranks && puts_for(peer)) store_release(&rank->out[peer]->summed[blockIdx.x].value, mark(index));
     }
 
     // Waits for the sum of chunk `index`.
     __device__ __noinline__ bool await_sum(u32 owner, u32 index) const {
         bool alive = true;
-        if (threadIdx.x == 0) alive = wait_for(call, &rank->in[owner]->summed[blockIdx.x], mark(index), owner);
+        if (threadIdx.x == 0) alive = wait_for(call, &rank->in[owner]->summed[blockIdx.x].value, mark(index), owner);
         return !__syncthreads_or(!alive);
     }
 
-    // Tells everyone whom this rank takes from that it is done with chunk `index`.
+    // Tells everyone whom this rank takes from that it is done with chunk `index`. What was read of it has been used
+    // before the barrier, so no fence has to wait for it: fences take longer than the copies of small chunks.
     __device__ __noinline__ void release(u32 index) const {
         __syncthreads();
         const u32 peer = threadIdx.x;
         if (peer < rank->ranks && takes_from(peer)) {
-            store_release(&rank->out[peer]->consumed[blockIdx.x], mark(index));
+            store_relaxed(&rank->out[peer]->consumed[blockIdx.x].value, mark(index));
         }
     }
 };

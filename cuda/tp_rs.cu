@@ -11,12 +11,13 @@ __device__ __forceinline__ bool all_direct(const Call &call, const Meeting &meet
     return direct;
 }
 
-// Announces, meets, works and parts. `work` returns whether it came to its end.
+// Announces, meets, works and leaves. `work` returns whether it came to its end.
 template <class Work> __device__ __forceinline__ void together(const Call &call, Work work) {
     __shared__ Meeting meeting;
     const u64 sequence = announce<true>(call);
-    if (meet<true>(call, sequence, meeting) && (call.role() & (GIVES | GETS)) != 0 && work(meeting)) part(call, meeting);
-    close(call, sequence);
+    const bool brings = (call.role() & (GIVES | GETS)) != 0;
+    const bool done = meet(call, sequence, meeting) && brings && work(meeting);
+    leave(call, sequence, done ? &meeting : nullptr);
 }
 
 template <class T> __device__ __forceinline__ void all_reduce_large(const Call &call) {

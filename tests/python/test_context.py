@@ -117,7 +117,7 @@ def test_a_reset_context_goes_on() -> None:
         expected = tensors[0] + tensors[1] + tensors[2]
         ctx.all_reduce(tensors)
         assert all(torch.equal(tensor, expected) for tensor in tensors)
-    with pytest.raises(tp_rs.TPError, match="unloaded|finalize"):
+    with pytest.raises(tp_rs.TPError, match=r"unloaded|finalize"):
         ctx.reset()
 
 

@@ -60,7 +60,9 @@ impl Kernels {
     /// Loads all kernels: one that is loaded later would wait for those that wait for it.
     fn load(index: u32) -> Result<Self> {
         let context = Context::open(index)?;
-        tracing::info!("loading kernels on cuda:{index}: seconds the first time, while the driver compiles them");
+        tracing::info!(
+            "loading kernels on cuda:{index}: seconds the first time, while the driver compiles them"
+        );
         let text = CStr::from_bytes_with_nul(TEXT.as_bytes())
             .map_err(|_| Error::invalid("kernels", "a text with a NUL inside", "text"))?;
         let module = Module::load(&context, text)?;

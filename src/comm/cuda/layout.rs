@@ -2,8 +2,10 @@
 
 /// Ranks that one communicator can have on CUDA devices.
 pub(super) const MOST_RANKS: usize = 16;
-/// Blocks that a rank may use.
+/// The most blocks that a rank uses: more would not fill any link better.
 pub(super) const MOST_BLOCKS: u32 = 128;
+/// Bytes of one letter.
+pub(super) const LETTER_BYTES: usize = 64;
 /// Threads of a block.
 pub(super) const THREADS: u32 = 512;
 
@@ -26,9 +28,9 @@ pub(super) struct Status {
 }
 
 /// Bytes of an inbox without the areas for small sums behind it.
-pub(super) const INBOX_BYTES: usize = 4352;
+pub(super) const INBOX_BYTES: usize = 12672;
 /// Where an inbox has the word by which its writer says that it stopped.
-pub(super) const STOP_AT: usize = 4224;
+pub(super) const STOP_AT: usize = 256;
 
 /// A rank, in its device's memory.
 #[repr(C)]
@@ -42,6 +44,7 @@ pub(super) struct Rank {
     pub(super) out: [u64; MOST_RANKS],
     pub(super) inboxes: [u64; MOST_RANKS],
     pub(super) stage: [u64; MOST_RANKS],
+    pub(super) seen: [u64; MOST_RANKS],
     pub(super) status: u64,
     pub(super) stop: u64,
     pub(super) reaches: u16,

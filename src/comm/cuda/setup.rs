@@ -1,24 +1,24 @@
 //! What a communicator owns on its devices: a record a rank, an inbox for each ordered pair of ranks, staging memory.
 
-use std::sync::Arc;
-
 use super::kernels::Machine;
-use super::layout::{INBOX_BYTES, MOST_RANKS, Rank, STOP_AT, Status};
+use super::layout::{INBOX_BYTES, LETTER_BYTES, MOST_RANKS, Rank, STOP_AT, Status};
 use crate::comm::options::Peers;
 use crate::device::cuda::{Connections, DeviceMemory, PinnedMemory, Prover, connect, read, write};
 use crate::error::Result;
 use crate::split::activations::pushed_bytes;
 
 /// Bytes of one slot of staging memory, the largest chunk.
-const SLOT_BYTES: usize = 32 << 10;
+const SLOT_BYTES: usize = 64 << 10;
 /// Slots of a block. Three would do; with four a rank can run ahead of the others' latency.
 const SLOTS: usize = 4;
-/// The most blocks that stage. They have a megabyte under way, which is more than any link to the host can.
-const STAGING_BLOCKS: usize = 32;
+/// The most blocks that stage. They have half a megabyte under way, which is more than any link to the host can.
+const STAGING_BLOCKS: usize = 16;
 /// Where the inboxes begin behind a rank's record.
-const RECORD_BYTES: usize = 512;
+const RECORD_BYTES: usize = LETTERS_AT + MOST_RANKS * 2 * LETTER_BYTES;
 /// Where a rank counts the blocks of its copies to host memory.
-const LEAVING_AT: usize = 448;
+const LEAVING_AT: usize = 640;
+/// Where a rank's first block passes on the letters that come to host memory.
+const LETTERS_AT: usize = 768;
 
 /// The largest tensor that is pushed instead of pulled.
 pub(super) fn small_bytes(ranks: usize) -> usize {
@@ -34,20 +34,35 @@ pub(super) struct Rooms {
     pub(super) records: Vec<u64>,
     /// Whether all ranks reach each other's devices.
     pub(super) connected: bool,
-    inboxes: Vec<Inbox>,
-    status_at: usize,
-    stop_at: usize,
-    copied_at: usize,
+    map: Map,
     host_bases: Vec<u64>,
 }
 
-/// Where one rank writes and another reads.
-#[derive(Debug)]
-struct Inbox {
-    reader: usize,
-    /// In the reader's memory, else in the host's.
-    with_reader: bool,
+/// Where something is.
+#[derive(Debug, Clone, Copy, Default)]
+struct Place {
+    /// In the memory of the rank that it belongs to, else in the host's.
+    with_owner: bool,
     at: usize,
+}
+
+/// Where everything is.
+#[derive(Debug)]
+struct Map {
+    status_at: usize,
+    stop_at: usize,
+    copied_at: usize,
+    /// Where every reader, in turn, reads what each writer brings; it belongs to the reader.
+    inboxes: Vec<Place>,
+    stages: Vec<Place>,
+    own_bytes: Vec<usize>,
+    host_bytes: usize,
+}
+
+impl Map {
+    fn inbox(&self, ranks: usize, writer: usize, reader: usize) -> Place {
+        self.inboxes.get(reader * ranks + writer).copied().unwrap_or_default()
+    }
 }
 
 /// Gives out places in a block of memory that is not there yet.
@@ -97,7 +112,8 @@ impl Rooms {
     /// What a rank's kernels said last.
     pub(super) fn status(&self, rank: usize) -> Status {
         let words = size_of::<Status>() / size_of::<u32>();
-        let word = |index: usize| self.host.word(self.status_at / size_of::<u32>() + rank * words + index);
+        let word =
+            |index: usize| self.host.word(self.map.status_at / size_of::<u32>() + rank * words + index);
         // A kernel writes the state last.
         let state = word(0);
         if state == 0 {
@@ -110,12 +126,12 @@ impl Rooms {
     pub(super) fn copied_places(&self, rank: usize) -> (u64, u64) {
         let record = self.records.get(rank).copied().unwrap_or(0);
         let host = self.host_bases.get(rank).copied().unwrap_or(0);
-        (record + LEAVING_AT as u64, host + (self.copied_at + rank * size_of::<u32>()) as u64)
+        (record + LEAVING_AT as u64, host + (self.map.copied_at + rank * size_of::<u32>()) as u64)
     }
 
     /// What a rank's last copy wrote.
     pub(super) fn copied(&self, rank: usize) -> u32 {
-        self.host.word(self.copied_at / size_of::<u32>() + rank)
+        self.host.word(self.map.copied_at / size_of::<u32>() + rank)
     }
 
     /// Clears what a failed operation left, so that the next one is a new one for all ranks. No kernel may run.
@@ -137,9 +153,12 @@ impl Rooms {
             // SAFETY: the record ends with these words.
             unsafe { write(machine.context(), &machine.stream, state_at(record), &state)? };
         }
-        for inbox in &self.inboxes {
-            let at = inbox.at + STOP_AT;
-            match (inbox.with_reader, self.records.get(inbox.reader), machine(inbox.reader)) {
+        let ranks = self.records.len();
+        for (pair, inbox) in
+            self.map.inboxes.iter().enumerate().filter(|(pair, _)| pair / ranks != pair % ranks)
+        {
+            let (reader, at) = (pair / ranks, inbox.at + STOP_AT);
+            match (inbox.with_owner, self.records.get(reader), machine(reader)) {
                 // SAFETY: the inbox, which lies behind the reader's record, has the word there.
                 (true, Some(record), Some(machine)) => unsafe {
                     write(machine.context(), &machine.stream, record + at as u64, &0_u32)?;
@@ -149,15 +168,15 @@ impl Rooms {
         }
         let words = self.records.len() * size_of::<Status>() / size_of::<u32>();
         for word in 0..words {
-            self.host.set_word(self.status_at / size_of::<u32>() + word, 0);
+            self.host.set_word(self.map.status_at / size_of::<u32>() + word, 0);
         }
-        self.host.set_word(self.stop_at / size_of::<u32>(), 0);
+        self.host.set_word(self.map.stop_at / size_of::<u32>(), 0);
         Ok(())
     }
 
     /// Ends all waits of kernels.
     pub(super) fn stop(&self) {
-        self.host.set_word(self.stop_at / size_of::<u32>(), 1);
+        self.host.set_word(self.map.stop_at / size_of::<u32>(), 1);
     }
 }
 
@@ -180,113 +199,119 @@ impl Plan<'_> {
         self.connections.as_ref().is_some_and(|connections| connections.reaches(from, to))
     }
 
+    fn connected(&self) -> bool {
+        (0..self.ranks).all(|from| (0..self.ranks).all(|to| self.reaches(from, to)))
+    }
+
     fn machine(&self, rank: usize) -> Option<&Machine> {
         self.seats.of.get(rank).and_then(|seat| self.seats.machines.get(*seat))
     }
 
-    fn build(&self) -> Result<Rooms> {
+    /// A bit for each rank of which `what` is true.
+    fn mask(&self, what: impl Fn(usize) -> bool) -> u16 {
+        (0..self.ranks).filter(|peer| what(*peer)).fold(0, |bits, peer| bits | 1 << peer)
+    }
+
+    fn staging_blocks(&self) -> usize {
+        self.blocks.min(STAGING_BLOCKS)
+    }
+
+    /// Says where everything will be.
+    fn lay_out(&self) -> Map {
         let ranks = self.ranks;
         let inbox = INBOX_BYTES + 4 * self.small;
-        let staging_blocks = self.blocks.min(STAGING_BLOCKS);
-        let stage = if ranks > 1 { staging_blocks * SLOTS * SLOT_BYTES } else { 0 };
-        let mask = |reaches: &dyn Fn(usize) -> bool| {
-            (0..ranks).filter(|peer| reaches(*peer)).fold(0, |bits: u16, peer| bits | 1 << peer)
-        };
-        let connected = (0..ranks).all(|from| (0..ranks).all(|to| self.reaches(from, to)));
-
+        let stage = if ranks > 1 { self.staging_blocks() * SLOTS * SLOT_BYTES } else { 0 };
         let mut host = Places { bytes: 0 };
-        let mut own: Vec<Places> = (0..ranks).map(|_| Places { bytes: RECORD_BYTES }).collect();
-        let status_at = host.take(ranks * size_of::<Status>());
-        let stop_at = host.take(4);
-        let copied_at = host.take(ranks * 4);
-        // Where things are: in host memory, or with the rank that reads them.
-        let mut inboxes = vec![(false, 0_usize); ranks * ranks];
-        let mut stages = vec![(false, 0_usize); ranks];
+        let mut map = Map {
+            status_at: host.take(ranks * size_of::<Status>()),
+            stop_at: host.take(4),
+            copied_at: host.take(ranks * 4),
+            inboxes: Vec::with_capacity(ranks * ranks),
+            stages: Vec::with_capacity(ranks),
+            own_bytes: Vec::with_capacity(ranks),
+            host_bytes: 0,
+        };
         for reader in 0..ranks {
-            let Some(places) = own.get_mut(reader) else { continue };
-            for writer in (0..ranks).filter(|writer| *writer != reader) {
+            let mut own = Places { bytes: RECORD_BYTES };
+            for writer in 0..ranks {
                 let with_reader = self.reaches(writer, reader);
-                let at = if with_reader { places.take(inbox) } else { host.take(inbox) };
-                if let Some(place) = inboxes.get_mut(writer * ranks + reader) {
-                    *place = (with_reader, at);
-                }
+                let bytes = if writer == reader { 0 } else { inbox };
+                let at = if with_reader { own.take(bytes) } else { host.take(bytes) };
+                map.inboxes.push(Place { with_owner: with_reader, at });
             }
             let here = (0..ranks).all(|peer| self.reaches(peer, reader));
-            let at = if here { places.take(stage) } else { host.take(stage) };
-            if let Some(place) = stages.get_mut(reader) {
-                *place = (here, at);
-            }
+            let at = if here { own.take(stage) } else { host.take(stage) };
+            map.stages.push(Place { with_owner: here, at });
+            map.own_bytes.push(own.bytes);
         }
+        map.host_bytes = host.bytes;
+        map
+    }
 
-        let first = self.seats.machines.first().map(|machine| Arc::clone(machine.context()));
-        let Some(first) = first else {
+    /// A rank's record. `bases` are the addresses of all ranks' memory, `host` that of the host's for this rank.
+    fn record(&self, rank: usize, map: &Map, bases: &[u64], host: u64) -> Rank {
+        let base = |rank: usize| bases.get(rank).copied().unwrap_or(0);
+        let place = |place: Place, owner: usize| {
+            let start = if place.with_owner { base(owner) } else { host };
+            start + place.at as u64
+        };
+        let mut record = Rank {
+            index: u32::try_from(rank).unwrap_or(0),
+            ranks: u32::try_from(self.ranks).unwrap_or(0),
+            slot_bytes: u32::try_from(SLOT_BYTES).unwrap_or(0),
+            slots: u32::try_from(SLOTS).unwrap_or(0),
+            small_bytes: self.small as u64,
+            out: [0; MOST_RANKS],
+            inboxes: [0; MOST_RANKS],
+            stage: [0; MOST_RANKS],
+            seen: [0; MOST_RANKS],
+            status: host + (map.status_at + rank * size_of::<Status>()) as u64,
+            stop: host + map.stop_at as u64,
+            reaches: self.mask(|peer| self.reaches(rank, peer)),
+            reached: self.mask(|peer| self.reaches(peer, rank)),
+            connected: u16::from(self.connected()),
+            staging_blocks: u16::try_from(self.staging_blocks()).unwrap_or(1),
+            state: [0; 4],
+        };
+        let peers =
+            record.out.iter_mut().zip(&mut record.inboxes).zip(&mut record.stage).zip(&mut record.seen);
+        for (peer, (((out, inbox), stage), seen)) in peers.enumerate().take(self.ranks) {
+            *stage = place(map.stages.get(peer).copied().unwrap_or_default(), peer);
+            if peer == rank {
+                continue;
+            }
+            let back = map.inbox(self.ranks, peer, rank);
+            *out = place(map.inbox(self.ranks, rank, peer), peer);
+            *inbox = place(back, rank);
+            // An inbox begins with the letters.
+            let passed_on = base(rank) + (LETTERS_AT + peer * 2 * LETTER_BYTES) as u64;
+            *seen = if back.with_owner { *inbox } else { passed_on };
+        }
+        record
+    }
+
+    fn build(&self) -> Result<Rooms> {
+        let map = self.lay_out();
+        let Some(first) = self.seats.machines.first() else {
             return Err(crate::error::Error::invalid("devices", "none", "one a rank"));
         };
-        let host = PinnedMemory::zeroed(&first, host.bytes)?;
-        let mut devices = Vec::with_capacity(ranks);
-        for (rank, places) in own.iter().enumerate() {
+        let host = PinnedMemory::zeroed(first.context(), map.host_bytes)?;
+        let mut devices = Vec::with_capacity(self.ranks);
+        for (rank, bytes) in map.own_bytes.iter().enumerate() {
             if let Some(machine) = self.machine(rank) {
-                devices.push(DeviceMemory::zeroed(machine.context(), places.bytes, &machine.stream)?);
+                devices.push(DeviceMemory::zeroed(machine.context(), *bytes, &machine.stream)?);
             }
         }
-        let mut host_bases = Vec::with_capacity(ranks);
-        let base: Vec<u64> = devices.iter().map(DeviceMemory::address).collect();
-        for rank in 0..ranks {
+        let bases: Vec<u64> = devices.iter().map(DeviceMemory::address).collect();
+        let mut host_bases = Vec::with_capacity(self.ranks);
+        for (rank, base) in bases.iter().enumerate() {
             let Some(machine) = self.machine(rank) else { continue };
             let host_base = host.address(machine.context())?;
             host_bases.push(host_base);
-            let place = |(with_owner, at): (bool, usize), owner: usize| -> u64 {
-                let start = if with_owner { base.get(owner).copied().unwrap_or(0) } else { host_base };
-                start + at as u64
-            };
-            let mut record = Rank {
-                index: u32::try_from(rank).unwrap_or(0),
-                ranks: u32::try_from(ranks).unwrap_or(0),
-                slot_bytes: u32::try_from(SLOT_BYTES).unwrap_or(0),
-                slots: u32::try_from(SLOTS).unwrap_or(0),
-                small_bytes: self.small as u64,
-                out: [0; MOST_RANKS],
-                inboxes: [0; MOST_RANKS],
-                stage: [0; MOST_RANKS],
-                status: host_base + (status_at + rank * size_of::<Status>()) as u64,
-                stop: host_base + stop_at as u64,
-                reaches: mask(&|peer| self.reaches(rank, peer)),
-                reached: mask(&|peer| self.reaches(peer, rank)),
-                connected: u16::from(connected),
-                staging_blocks: u16::try_from(staging_blocks).unwrap_or(1),
-                state: [0; 4],
-            };
-            for peer in 0..ranks {
-                let out = inboxes.get(rank * ranks + peer).copied().unwrap_or_default();
-                let back = inboxes.get(peer * ranks + rank).copied().unwrap_or_default();
-                let stage = stages.get(peer).copied().unwrap_or_default();
-                if let (Some(a), Some(b), Some(c)) =
-                    (record.out.get_mut(peer), record.inboxes.get_mut(peer), record.stage.get_mut(peer))
-                {
-                    *a = if peer == rank { 0 } else { place(out, peer) };
-                    *b = if peer == rank { 0 } else { place(back, rank) };
-                    *c = place(stage, peer);
-                }
-            }
-            let at = base.get(rank).copied().unwrap_or(0);
+            let record = self.record(rank, &map, &bases, host_base);
             // SAFETY: the rank's memory begins with room for its record.
-            unsafe { write(machine.context(), &machine.stream, at, &record)? };
+            unsafe { write(machine.context(), &machine.stream, *base, &record)? };
         }
-        Ok(Rooms {
-            _devices: devices,
-            host,
-            records: base,
-            connected,
-            inboxes: inboxes
-                .into_iter()
-                .enumerate()
-                .filter(|(pair, _)| pair / ranks != pair % ranks)
-                .map(|(pair, (with_reader, at))| Inbox { reader: pair % ranks, with_reader, at })
-                .collect(),
-            status_at,
-            stop_at,
-            copied_at,
-            host_bases,
-        })
+        Ok(Rooms { _devices: devices, host, records: bases, connected: self.connected(), map, host_bases })
     }
 }
