@@ -240,8 +240,11 @@ def main() -> None:
                         bench.size(operation, rows)
                 say(f"== {operation}: {time.monotonic() - started:.0f} s")
         finally:
-            bench.end()
-            show(bench, facts, launch, folder)
+            # Tables first: processes that hang take a while to end.
+            try:
+                show(bench, facts, launch, folder)
+            finally:
+                bench.end()
     if bench.failed:
         raise SystemExit(
             f"{len(bench.failed)} of {len(names.CANDIDATES)} candidates failed; the tables say which"
