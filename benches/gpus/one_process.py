@@ -240,6 +240,7 @@ class OneProcess:
             self.forget()
             self.work = Work(*at, self.devices, command["seed"])
             self.at = at
+            timing.warm(self.devices, timing.WARM_AGAIN)
         key = (command["mode"], command["access"], command["name"])
         if key not in self.ready:
             self.ready[key] = self._prepare(self.work, *key)

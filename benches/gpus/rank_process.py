@@ -60,6 +60,7 @@ class RankProcess:
         if self.at != at:
             self.forget()
             self.at = at
+            timing.warm([str(self.device)], timing.WARM_AGAIN)
         key = (command["mode"], command["access"], command["name"])
         if key not in self.ready:
             self.ready[key] = self._prepare(*at, command["seed"], command["mode"], command["name"])

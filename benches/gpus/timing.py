@@ -15,6 +15,8 @@ IN_A_GRAPH = 20
 # Calls between two looks at the clock, fewer than what fills the driver's queue.
 BETWEEN_LOOKS = 100
 LOOKS = 10
+# Seconds of other work before each size: the clocks fall while tensors are made.
+WARM_AGAIN = 0.05
 
 
 def synchronize(devices: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -137,11 +138,14 @@ class Group:
         self.workers: list[Worker] = []
         self.starts = 0
         self.ready = False
+        self.temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self.meetings = Path(self.temporary.name)
 
     def _specs(self) -> list[dict[str, Any]]:
         if self.kind == names.ONE:
             return [{"kind": "one", "devices": self.devices}]
-        meeting = self.folder / f"meeting-{self.kind.replace(' ', '-').replace(',', '')}-{self.starts}"
+        # A file that an earlier run left would let processes meet that are gone.
+        meeting = self.meetings / f"{self.kind}-{self.starts}"
         return [
             {"kind": "rank", "devices": self.devices, "rank": rank, "meeting": str(meeting)}
             for rank in range(len(self.devices))
@@ -210,3 +214,4 @@ class Group:
         for worker in self.workers:
             worker.end()
         self.workers = []
+        self.temporary.cleanup()

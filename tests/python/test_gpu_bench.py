@@ -112,6 +112,7 @@ def test_a_process_that_fails_is_told_and_not_started_for_ever(tmp_path: Path) -
     assert group.workers == []
     with pytest.raises(workers.FailedError, match="given up"):
         group.measure({})
+    group.end()
 
 
 def test_a_process_that_does_not_answer_is_ended(tmp_path: Path) -> None:
@@ -121,6 +122,7 @@ def test_a_process_that_does_not_answer_is_ended(tmp_path: Path) -> None:
     with pytest.raises(workers.FailedError, match=r"no answer in 0 s from process 0, 1"):
         group._answers(0.2)  # noqa: SLF001
     assert all(process.poll() is not None for process in processes)
+    group.end()
 
 
 class Sleeper(workers.Worker):
