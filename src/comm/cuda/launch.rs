@@ -8,9 +8,10 @@ use super::Cuda;
 use super::kernels::Sum;
 use super::layout::{Call, GETS, GIVES, MOST_RANKS, Member, PLAIN, THREADS};
 use crate::comm::DType;
+use crate::comm::backend::Backend;
 use crate::comm::operation::{Layout, Operation, Pair};
 use crate::comm::view::Tensor;
-use crate::device::cuda::pointer;
+use crate::device::cuda::{capturing, pointer};
 use crate::error::{Error, Result};
 
 /// Up to so many bytes a sum is pushed to all ranks in one step; above, every rank sums a share of it. Two ranks of
@@ -279,12 +280,30 @@ impl Cuda {
                 }
             }
             let stream = streams.get(rank).copied().unwrap_or(std::ptr::null_mut());
-            self.launch(prepared, group.get(..members).unwrap_or(&[]), stream)?;
+            let result = self.launch(prepared, group.get(..members).unwrap_or(&[]), stream);
+            if let Err(error) = result {
+                if rank > 0 {
+                    self.stop_half_way(prepared, streams, &error);
+                }
+                return Err(error);
+            }
         }
         for queue in &mut locks {
             queue.calls += 1;
             (queue.alone, queue.marked) = (false, false);
         }
         Ok(())
+    }
+
+    /// Stops the communicator after a launch for some ranks only: they wait for those that will not come, and would
+    /// take their next call for this one. In a capture nothing runs, and the caller gives it up.
+    fn stop_half_way(&self, prepared: &Prepared, streams: &[CUstream], error: &Error) {
+        let captured = self.machine(0).and_then(|machine| {
+            capturing(machine.context(), streams.first().copied().unwrap_or(std::ptr::null_mut()))
+        });
+        if !captured.unwrap_or(false) {
+            let operation = Operation::name_of_tag(tag(prepared.call.signature));
+            self.stop(format!("{operation} was launched for some of the ranks only, because {error}"));
+        }
     }
 }
