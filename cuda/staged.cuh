@@ -62,6 +62,24 @@ template <bool BACK> __device__ __noinline__ void copy_line(const Line &line, u6
     }
 }
 
+template <u32 BYTES> __device__ __forceinline__ void copy_between_by(const Line &source, const Line &target, u64 from, u64 to) {
+    typedef typename Bytes<BYTES>::Type V;
+#pragma unroll 1
+    for (u64 at = from + (u64)threadIdx.x * BYTES; at < to; at += (u64)blockDim.x * BYTES) {
+        *(V *)at_line(target, at) = load_once((const V *)at_line(source, at));
+    }
+}
+
+// Copies [from, to) of a line to another of the same shape, by one block.
+__device__ __noinline__ void copy_between(const Line &source, const Line &target, u64 from, u64 to) {
+    const u64 bits = source.data | source.stride | target.data | target.stride | target.width | target.bytes;
+    if ((bits & 15) == 0) {
+        copy_between_by<16>(source, target, from, to);
+    } else {
+        copy_between_by<1>(source, target, from, to);
+    }
+}
+
 // The chunks of one block, and its place in everybody's staging memory.
 struct Staging {
     const Call &call;
@@ -165,11 +183,13 @@ struct Staging {
         }
     }
 
-    // Tells those who take from this rank's slots that the sum of chunk `index` is there.
+    // Tells those to whose tensors this rank cannot write that the sum of chunk `index` is there.
     __device__ __noinline__ void tell_summed(u32 index) const {
         __syncthreads();
         const u32 peer = threadIdx.x;
-        if (peer < rank->ranks && puts_for(peer)) store_release(&rank->out[peer]->summed[blockIdx.x].value, mark(index));
+        if (peer < rank->ranks && meeting.gets(peer) && !direct(peer)) {
+            store_release(&rank->out[peer]->summed[blockIdx.x].value, mark(index));
+        }
     }
 
     // Waits for the sum of chunk `index`.
@@ -191,11 +211,12 @@ struct Staging {
 };
 
 // Every chunk of every rank goes past `work(index)`, which sees those of the givers in their slots. The next chunk is
-// put before the last one is waited for. `bytes(peer)` is the length of a peer's line.
+// put before the last one is waited for. `bytes(peer)` is the length of a peer's line, and `least` the number of chunks
+// to work on also where every giver is in reach.
 template <class Length, class Work>
-__device__ __forceinline__ bool each_chunk(const Staging &staging, const Line &own, Length bytes, Work work) {
+__device__ __forceinline__ bool each_chunk(const Staging &staging, const Line &own, Length bytes, u32 least, Work work) {
     const Call &call = staging.call;
-    u32 mine = 0, theirs = 0;
+    u32 mine = 0, theirs = least;
 #pragma unroll 1
     for (u32 peer = 0; peer < staging.rank->ranks; ++peer) {
         if (call.gives() && staging.puts_for(peer)) mine = staging.chunks(own.bytes);
@@ -220,11 +241,12 @@ struct Sharing {
     u32 other;    // than this one, where there are two
     u32 chunks;   // of this block
     bool both;    // two ranks that do not reach each other
-    bool kept;    // sums of this rank in its slots
+    bool kept;    // sums of this rank in its slots, for those who cannot read its tensor
+    bool told;    // to ranks to whose tensors this one cannot write
     bool wide;    // all tensors aligned
 
     __device__ __noinline__ Sharing(const Staging &staging, const Line &own, u32 size)
-        : present(0), other(staging.rank->rank), kept(false) {
+        : present(0), other(staging.rank->rank), kept(false), told(false) {
         u64 bits = own.data | own.stride | own.width;
 #pragma unroll 1
         for (u32 peer = 0; peer < staging.rank->ranks; ++peer) {
@@ -232,12 +254,14 @@ struct Sharing {
             ++present;
             if (peer != staging.rank->rank) other = peer;
             kept |= staging.puts_for(peer);
+            told |= staging.meeting.gets(peer) && !staging.direct(peer);
             if (!staging.direct(peer)) continue;
             const Line line = staging.tensor(own, peer, size);
             bits |= line.data | line.stride;
         }
         both = present == 2 && !staging.direct(other) && !staging.seen_by(other);
         kept &= !both;
+        told &= !both;
         wide = (bits & (WIDE - 1)) == 0;
         chunks = staging.chunks(own.bytes);
     }
@@ -305,11 +329,16 @@ __device__ __noinline__ bool contribute(const Staging &staging, const Line &own,
 }
 
 // Takes the sum of chunk `index` where its owner could not write it to this rank's tensor, and lets go of the chunk.
-__device__ __noinline__ bool finish(const Staging &staging, const Line &own, const Sharing &sharing, u32 index) {
+__device__ __noinline__ bool finish(const Staging &staging, const Line &own, const Sharing &sharing, u32 index, u32 size) {
     const u32 owner = sharing.both ? staging.rank->rank : staging.owner(sharing.present, index);
     if (!staging.seen_by(owner)) {
         if (!staging.await_sum(owner, index)) return false;
-        copy_line<true>(own, staging.first(index), staging.last(index, own.bytes), staging.slot(owner, index));
+        const u64 from = staging.first(index), to = staging.last(index, own.bytes);
+        if (!sharing.both && staging.direct(owner)) {
+            copy_between(staging.tensor(own, owner, size), own, from, to);
+        } else {
+            copy_line<true>(own, from, to, staging.slot(owner, index));
+        }
     }
     staging.release(index);
     return true;
@@ -325,7 +354,7 @@ __device__ __noinline__ bool sum_of(const Staging &staging, const Line &own, con
     const u64 whole = sharing.wide ? length / WIDE * WIDE : 0;
     sum_chunk<T, WIDE>(staging, own, index, 0, whole, sharing);
     sum_chunk<T, sizeof(typename T::Bits)>(staging, own, index, whole, length, sharing);
-    if (sharing.kept) staging.tell_summed(index);
+    if (sharing.told) staging.tell_summed(index);
     return true;
 }
 
@@ -340,7 +369,7 @@ template <class T> __device__ __noinline__ bool all_reduce_staged(const Call &ca
     for (u32 step = 0; step < sharing.chunks + sharing.lag(); ++step) {
         if (step < sharing.chunks && !contribute(staging, own, sharing, step)) return false;
         if (step >= 1 && step <= sharing.chunks && !sum_of<T>(staging, own, sharing, step - 1)) return false;
-        if (step >= sharing.lag() && !finish(staging, own, sharing, step - sharing.lag())) return false;
+        if (step >= sharing.lag() && !finish(staging, own, sharing, step - sharing.lag(), size)) return false;
     }
     return true;
 }
@@ -352,7 +381,8 @@ template <class T> __device__ __noinline__ bool reduce_scatter_staged(const Call
     const Line own = line_of(call.input(columns), 0, columns, sizeof(Bits));
     const Staging staging(call, meeting, call.rows * columns * sizeof(Bits));
     const u64 begin = call.begin[rank->rank], end = call.end[rank->rank];
-    return each_chunk(staging, own, [&](u32) { return call.rows * columns * sizeof(Bits); }, [&](u32 index) {
+    const u32 least = call.gets() ? staging.chunks(call.rows * columns * sizeof(Bits)) : 0;
+    return each_chunk(staging, own, [&](u32) { return call.rows * columns * sizeof(Bits); }, least, [&](u32 index) {
         const u64 from = staging.first(index) / sizeof(Bits);
         const u64 to = staging.last(index, call.rows * columns * sizeof(Bits)) / sizeof(Bits);
 #pragma unroll 1
@@ -383,7 +413,7 @@ __device__ __noinline__ bool take_staged(const Call &call, const Meeting &meetin
     const u32 me = rank->rank;
     const Line own = line_of(call.input(call.width(me)), call.skip[me], call.width(me), 1);
     const Staging staging(call, meeting, call.rows * call.columns);
-    return each_chunk(staging, own, [&](u32 peer) { return call.rows * call.width(peer); }, [&](u32 index) {
+    return each_chunk(staging, own, [&](u32 peer) { return call.rows * call.width(peer); }, 0, [&](u32 index) {
 #pragma unroll 1
         for (u32 peer = 0; peer < rank->ranks; ++peer) {
             const u64 bytes = call.rows * call.width(peer);
