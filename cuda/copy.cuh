@@ -27,6 +27,13 @@ template <> __device__ __forceinline__ uint4 load_once(const uint4 *at) {
     return value;
 }
 
+// Where the element `index` of rows of `columns` lies whose beginnings are `stride` apart. Not inlined: it divides, which
+// is long, and is needed where there are gaps between rows only.
+__device__ __noinline__ u64 scattered(u64 index, u64 columns, u64 stride) {
+    const u64 row = index / columns;
+    return row * stride + (index - row * columns);
+}
+
 // Rows of bytes.
 struct Rows {
     u64 to;

@@ -7,13 +7,6 @@
 // Up to so many bytes are added by one thread at a time.
 constexpr u32 WIDE = 16;
 
-// Where the element `index` of rows of `columns` lies whose beginnings are `stride` apart. Not inlined: it divides, which
-// is long, and is needed where there are gaps between rows only.
-__device__ __noinline__ u64 scattered(u64 index, u64 columns, u64 stride) {
-    const u64 row = index / columns;
-    return row * stride + (index - row * columns);
-}
-
 // Where the linear element `index` of a tensor lies.
 template <class Bits> __device__ __forceinline__ Bits *element(u64 data, u64 columns, u64 stride, u64 index) {
     return (Bits *)data + (columns == stride ? index : scattered(index, columns, stride));
