@@ -309,26 +309,34 @@ __device__ __forceinline__ bool receive(Patience &patience, const uint4 *part, u
     }
 }
 
-// Waits for `parts` parts of a peer's letter. The first block passes them on to the others where letters come to host
-// memory, which all blocks would look at one after the other.
-__device__ __noinline__ bool read_letter(const Call &call, u32 sequence, u32 peer, uint4 *letter, u32 parts) {
+// Whether both this rank and the writer of a letter bring something.
+__device__ __forceinline__ bool both_bring(const Call &call, const uint4 &what) {
+    return (what.z & (GIVES | GETS)) != 0 && (call.role() & (GIVES | GETS)) != 0;
+}
+
+// Whether a peer that brings something made the same call. A rank that only comes need not have.
+__device__ __forceinline__ bool agrees(const Call &call, u32 peer, const uint4 &what) {
+    if (!both_bring(call, what) || what.x == call.signature) return true;
+    stop(call.rank(), DISAGREED, 1u << peer, call.signature);
+    return false;
+}
+
+// Waits for the first part of a peer's letter and, with `addresses`, for the others. Small sums don't write those, and a
+// rank that only comes to one needs none. The first block passes on what it reads where letters come to host memory,
+// which all blocks would look at one after the other.
+__device__ __noinline__ bool read_letter(const Call &call, u32 sequence, u32 peer, uint4 *letter, bool addresses) {
     Rank *rank = call.rank();
     const uint4 *own = (const uint4 *)&rank->in[peer]->letters[sequence & 1];
     uint4 *seen = (uint4 *)&rank->seen[peer][sequence & 1];
     Patience patience(call);
 #pragma unroll 1
-    for (u32 part = 0; part < parts; ++part) {
+    for (u32 part = 0; part < 3; ++part) {
         if (!receive(patience, blockIdx.x == 0 ? own + part : seen + part, sequence, peer, letter[part])) return false;
         if (blockIdx.x == 0 && seen != own) store_volatile(seen + part, letter[part]);
+        if (part == 0 && !agrees(call, peer, letter[0])) return false;
+        if (!addresses || !both_bring(call, letter[0])) break;
     }
     return true;
-}
-
-// Whether a peer that brings something made the same call. A rank that only comes need not have.
-__device__ __forceinline__ bool agrees(const Call &call, u32 peer, const uint4 &what) {
-    if ((what.z & (GIVES | GETS)) == 0 || (call.role() & (GIVES | GETS)) == 0 || what.x == call.signature) return true;
-    stop(call.rank(), DISAGREED, 1u << peer, call.signature);
-    return false;
 }
 
 // Waits for all letters. Ends in a barrier of the block; `meeting` is in shared memory. False: leave at once.
@@ -348,7 +356,7 @@ __device__ __noinline__ bool meet(const Call &call, u64 whole, Meeting &meeting)
             about.role = call.role();
         } else {
             uint4 letter[3] = {};
-            const bool came = read_letter(call, (u32)whole, peer, letter, 3) && agrees(call, peer, letter[0]);
+            const bool came = read_letter(call, (u32)whole, peer, letter, true);
             about.data = letter[1].x | (u64)letter[1].z << 32;
             about.stride = letter[2].x | (u64)letter[2].z << 32;
             about.role = came ? letter[0].z : 0;

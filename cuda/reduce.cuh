@@ -117,7 +117,7 @@ template <class T> __device__ __forceinline__ void all_reduce_small(const Call &
     const u32 writer = threadIdx.x;
     if (alive && blockIdx.x == 0 && writer < rank->ranks && (rank->reached >> writer & 1) == 0 && writer != rank->rank) {
         uint4 letter;
-        alive = read_letter(call, sequence, writer, &letter, 1);
+        alive = read_letter(call, sequence, writer, &letter, false);
     }
     Company company(call, sequence);
 #pragma unroll 1
