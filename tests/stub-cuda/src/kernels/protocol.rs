@@ -1,0 +1,333 @@
+//! How ranks meet, as cuda/protocol.cuh has it.
+
+use std::mem::offset_of;
+use std::time::{Duration, Instant};
+
+use super::eye::Eye;
+use crate::codes::Result;
+use crate::faults::stall;
+use crate::layout::{Call, DISAGREED, GETS, GIVES, Member, REACHABLE, Rank, Status, TIMED_OUT, TOLD_BY_PEER};
+
+const TOLD_BY_HOST: u32 = 4;
+// Inside of an inbox: letters of even and odd operations, then three lists of flags, then the stop word.
+const LETTER: u64 = 64;
+const FLAGS: u64 = 8 * crate::layout::MOST_BLOCKS as u64;
+const FINISHED: u64 = 2 * LETTER;
+const STAGED: u64 = FINISHED + FLAGS;
+const CONSUMED: u64 = STAGED + FLAGS;
+const STOP: u64 = CONSUMED + FLAGS;
+
+/// A peer of the running operation.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Peer {
+    pub(super) data: u64,
+    pub(super) stride: u64,
+    pub(super) role: u32,
+}
+
+/// One operation as one block of one rank sees it.
+pub(super) struct Meeting {
+    pub(super) sequence: u64,
+    pub(super) peers: Vec<Peer>,
+}
+
+impl Meeting {
+    fn role(&self, peer: usize) -> u32 {
+        self.peers.get(peer).map_or(0, |peer| peer.role)
+    }
+
+    pub(super) fn present(&self, peer: usize) -> bool {
+        self.role(peer) & (GIVES | GETS) != 0
+    }
+
+    pub(super) fn gives(&self, peer: usize) -> bool {
+        self.role(peer) & GIVES != 0
+    }
+
+    pub(super) fn gets(&self, peer: usize) -> bool {
+        self.role(peer) & GETS != 0
+    }
+
+    pub(super) fn about(&self, peer: usize) -> Peer {
+        self.peers.get(peer).copied().unwrap_or_default()
+    }
+
+    fn all_reachable(&self) -> bool {
+        (0..self.peers.len()).all(|peer| !self.present(peer) || self.role(peer) & REACHABLE != 0)
+    }
+}
+
+/// One member of a launch.
+pub(super) struct Seat<'a> {
+    pub(super) eye: Eye,
+    pub(super) call: &'a Call,
+    pub(super) me: Member,
+    pub(super) rank: Rank,
+    pub(super) blocks: u32,
+}
+
+/// A list's entry for a peer.
+pub(super) fn entry<T: Copy + Default>(list: &[T], peer: usize) -> T {
+    list.get(peer).copied().unwrap_or_default()
+}
+
+impl<'a> Seat<'a> {
+    /// Reads the rank's record.
+    pub(super) fn take(device: u32, call: &'a Call, index: u32, blocks: u32) -> Result<Self> {
+        let eye = Eye(device);
+        let me = entry(&call.members, index as usize);
+        let mut bytes = [0; size_of::<Rank>()];
+        eye.read(me.rank, &mut bytes, 8)?;
+        // SAFETY: a structure of numbers, read from as many bytes.
+        let rank = unsafe { bytes.as_ptr().cast::<Rank>().read_unaligned() };
+        Ok(Self { eye, call, me, rank, blocks })
+    }
+
+    pub(super) fn ranks(&self) -> usize {
+        self.rank.ranks as usize
+    }
+
+    pub(super) fn index(&self) -> usize {
+        self.rank.index as usize
+    }
+
+    pub(super) fn gives(&self) -> bool {
+        self.me.role & GIVES != 0
+    }
+
+    pub(super) fn gets(&self) -> bool {
+        self.me.role & GETS != 0
+    }
+
+    pub(super) fn width(&self, peer: usize) -> u64 {
+        u64::from(entry(&self.call.end, peer).saturating_sub(entry(&self.call.begin, peer)))
+    }
+
+    pub(super) fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let me = self.index();
+        (0..self.ranks()).filter(move |peer| *peer != me)
+    }
+
+    /// Memory that this rank writes and `peer` reads.
+    pub(super) fn out(&self, peer: usize) -> u64 {
+        entry(&self.rank.out, peer)
+    }
+
+    /// Memory that `peer` writes and this rank reads.
+    pub(super) fn inbox(&self, peer: usize) -> u64 {
+        entry(&self.rank.inboxes, peer)
+    }
+
+    fn state(&self, word: u64) -> u64 {
+        self.me.rank + offset_of!(Rank, state) as u64 + 4 * word
+    }
+
+    fn sequence(&self) -> Result<u64> {
+        self.eye.load64(self.state(0))
+    }
+
+    fn broken(&self) -> Result<bool> {
+        Ok(self.eye.load32(self.state(3))? != 0)
+    }
+
+    /// Marks the rank as stopped and says why, once; tells the peers.
+    fn stop(&self, state: u32, missing: u32) -> Result {
+        if self.eye.swap32(self.state(3), 1)? != 0 {
+            return Ok(());
+        }
+        let status = self.rank.status;
+        let sequence = self.sequence()? as u32 + 1;
+        self.eye.store32(status + offset_of!(Status, sequence) as u64, sequence)?;
+        self.eye.store32(status + offset_of!(Status, missing) as u64, missing)?;
+        self.eye.store32(status + offset_of!(Status, signature) as u64, self.call.signature)?;
+        self.eye.store32(status + offset_of!(Status, state) as u64, state)?;
+        stall();
+        self.others().try_for_each(|peer| self.eye.store32(self.out(peer) + STOP, 1))
+    }
+
+    /// The ranks whose letters of the running operation are not there.
+    fn absent(&self) -> Result<u32> {
+        let sequence = self.sequence()? as u32 + 1;
+        let mut missing = 0;
+        for peer in self.others() {
+            let letter = self.inbox(peer) + u64::from(sequence & 1) * LETTER;
+            if (self.eye.load64(letter)? >> 32) as u32 != sequence {
+                missing |= 1 << peer;
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Looks until `there` finds something or waiting for `peer` has to end: then `None`.
+    pub(super) fn wait<T>(&self, peer: usize, there: impl Fn() -> Result<Option<T>>) -> Result<Option<T>> {
+        let mut since = None;
+        for look in 0_u64.. {
+            if let Some(found) = there()? {
+                return Ok(Some(found));
+            }
+            if look < 100 {
+                std::thread::yield_now();
+                continue;
+            }
+            std::thread::sleep(Duration::from_micros(30));
+            self.eye.alive()?;
+            if self.broken()? {
+                break;
+            }
+            if self.eye.load32(self.rank.stop)? != 0 {
+                self.stop(TOLD_BY_HOST, 0)?;
+                break;
+            }
+            if self.eye.load32(self.inbox(peer) + STOP)? != 0 {
+                self.stop(TOLD_BY_PEER, 1 << peer)?;
+                break;
+            }
+            let since = since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= Duration::from_nanos(self.call.timeout) {
+                self.stop(TIMED_OUT, self.absent()? | 1 << peer)?;
+                break;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Waits until a word of 8 bytes that `peer` writes has come to `least`.
+    pub(super) fn wait_for(&self, flag: u64, least: u64, peer: usize) -> Result<bool> {
+        let there = || Ok((self.eye.load64(flag)? >= least).then_some(()));
+        Ok(self.wait(peer, there)?.is_some())
+    }
+
+    /// Two words that `peer` writes, each beside the sequence number.
+    pub(super) fn receive(&self, at: u64, sequence: u32, peer: usize) -> Result<Option<(u32, u32)>> {
+        self.wait(peer, || {
+            let (low, high) = (self.eye.load64(at)?, self.eye.load64(at + 8)?);
+            let fresh = (low >> 32) as u32 == sequence && (high >> 32) as u32 == sequence;
+            Ok(fresh.then_some((low as u32, high as u32)))
+        })
+    }
+
+    pub(super) fn send(&self, at: u64, sequence: u32, (low, high): (u32, u32)) -> Result {
+        let beside = u64::from(sequence) << 32;
+        self.eye.store64(at, u64::from(low) | beside)?;
+        self.eye.store64(at + 8, u64::from(high) | beside)
+    }
+
+    /// Address and stride of what the rank brings.
+    fn own(&self) -> Peer {
+        let (data, stride) = if self.gives() {
+            (self.me.input, self.me.input_stride)
+        } else {
+            (self.me.output, self.me.output_stride)
+        };
+        Peer { data, stride, role: self.me.role }
+    }
+
+    /// Writes this rank's letters and gives the number of the operation.
+    pub(super) fn announce(&self, addresses: bool) -> Result<u64> {
+        let whole = self.sequence()? + 1;
+        let sequence = whole as u32;
+        let own = self.own();
+        for peer in self.others() {
+            stall();
+            let letter = self.out(peer) + (whole & 1) * LETTER;
+            self.send(letter, sequence, (self.call.signature, own.role))?;
+            if addresses {
+                self.send(letter + 16, sequence, (own.data as u32, (own.data >> 32) as u32))?;
+                self.send(letter + 32, sequence, (own.stride as u32, (own.stride >> 32) as u32))?;
+            }
+        }
+        Ok(whole)
+    }
+
+    /// Waits for all letters. `None`: leave at once.
+    pub(super) fn meet(&self, whole: u64, addresses: bool) -> Result<Option<Meeting>> {
+        let sequence = whole as u32;
+        let mut alive = !self.broken()?;
+        let mut peers = vec![Peer::default(); self.ranks()];
+        let present = GIVES | GETS;
+        for (peer, about) in peers.iter_mut().enumerate() {
+            if peer == self.index() {
+                *about = self.own();
+                continue;
+            }
+            let letter = self.inbox(peer) + (whole & 1) * LETTER;
+            let Some((signature, role)) = self.receive(letter, sequence, peer)? else {
+                alive = false;
+                continue;
+            };
+            // A rank that only comes need not have made the same call.
+            let both = role & present != 0 && self.me.role & present != 0;
+            if both && signature != self.call.signature {
+                self.stop(DISAGREED, 1 << peer)?;
+                alive = false;
+                continue;
+            }
+            about.role = role;
+            if addresses && both {
+                let (Some(data), Some(stride)) =
+                    (self.receive(letter + 16, sequence, peer)?, self.receive(letter + 32, sequence, peer)?)
+                else {
+                    alive = false;
+                    continue;
+                };
+                about.data = u64::from(data.0) | u64::from(data.1) << 32;
+                about.stride = u64::from(stride.0) | u64::from(stride.1) << 32;
+            }
+        }
+        Ok(alive.then_some(Meeting { sequence: whole, peers }))
+    }
+
+    /// Waits until no peer needs this block's memory any more and all that peers write here has been written.
+    fn part(&self, meeting: &Meeting, block: u32) -> Result {
+        stall();
+        let flag = FINISHED + 8 * u64::from(block);
+        for peer in self.others().filter(|peer| meeting.present(*peer)) {
+            self.eye.store64(self.out(peer) + flag, meeting.sequence)?;
+        }
+        for peer in self.others().filter(|peer| meeting.present(*peer)) {
+            self.wait_for(self.inbox(peer) + flag, meeting.sequence, peer)?;
+        }
+        Ok(())
+    }
+
+    /// Counts the operation.
+    pub(super) fn close(&self, sequence: u64) -> Result {
+        self.eye.store64(self.state(0), sequence)
+    }
+
+    /// Announces, meets, works and parts. What all can reach is worked on where it is, by the first block for all of
+    /// them; else every block goes through the staging memory, one after another.
+    pub(super) fn together(
+        &mut self,
+        direct: impl Fn(&Self, &Meeting) -> Result,
+        staged: impl Fn(&Self, &Meeting, u32) -> Result<bool>,
+    ) -> Result {
+        let sequence = self.announce(true)?;
+        if let Some(meeting) = self.meet(sequence, true)?
+            && self.me.role & (GIVES | GETS) != 0
+        {
+            stall();
+            let reachable = meeting.all_reachable();
+            if reachable {
+                direct(self, &meeting)?;
+            }
+            for block in 0..self.blocks {
+                if !reachable && !staged(self, &meeting, block)? {
+                    break;
+                }
+                self.part(&meeting, block)?;
+            }
+        }
+        self.close(sequence)
+    }
+
+    /// Where a block's flag for staged chunks is in an inbox.
+    pub(super) fn staged_flag(inbox: u64, block: u32) -> u64 {
+        inbox + STAGED + 8 * u64::from(block)
+    }
+
+    /// Where a block's flag for consumed chunks is in an inbox.
+    pub(super) fn consumed_flag(inbox: u64, block: u32) -> u64 {
+        inbox + CONSUMED + 8 * u64::from(block)
+    }
+}
