@@ -123,18 +123,20 @@ impl Launch {
         }
         let result = Seat::take(device, call, index, self.blocks).and_then(|mut seat| {
             if name == "take" {
-                return seat.together(take::direct, take::staged);
+                return seat.together(true, take::direct, take::staged);
             }
             let dtype = dtype(name).ok_or_else(broken)?;
             if name.starts_with("all_reduce_small") {
                 small::run(&mut seat, dtype)
             } else if name.starts_with("all_reduce_large") {
                 seat.together(
+                    false,
                     |seat, meeting| in_place::run(seat, meeting, dtype),
                     |seat, meeting, block| staged::all_reduce(seat, meeting, block, dtype),
                 )
             } else if name.starts_with("reduce_scatter") {
                 seat.together(
+                    false,
                     |seat, meeting| scatter::direct(seat, meeting, dtype),
                     |seat, meeting, block| scatter::staged(seat, meeting, block, dtype),
                 )

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use super::eye::Eye;
 use crate::codes::Result;
 use crate::faults::stall;
-use crate::layout::{Call, DISAGREED, GETS, GIVES, Member, REACHABLE, Rank, Status, TIMED_OUT, TOLD_BY_PEER};
+use crate::layout::{
+    Call, DISAGREED, GETS, GIVES, Member, PLAIN, Rank, STOP_AT, Status, TIMED_OUT, TOLD_BY_PEER,
+};
 
 const TOLD_BY_HOST: u32 = 4;
 // Inside of an inbox: letters of even and odd operations, then three lists of flags, then the stop word.
@@ -15,7 +17,9 @@ const FLAGS: u64 = 8 * crate::layout::MOST_BLOCKS as u64;
 const FINISHED: u64 = 2 * LETTER;
 const STAGED: u64 = FINISHED + FLAGS;
 const CONSUMED: u64 = STAGED + FLAGS;
-const STOP: u64 = CONSUMED + FLAGS;
+const SUMMED: u64 = CONSUMED + FLAGS;
+const STOP: u64 = SUMMED + FLAGS;
+const _: () = assert!(STOP == STOP_AT as u64);
 
 /// A peer of the running operation.
 #[derive(Clone, Copy, Default)]
@@ -52,8 +56,9 @@ impl Meeting {
         self.peers.get(peer).copied().unwrap_or_default()
     }
 
-    fn all_reachable(&self) -> bool {
-        (0..self.peers.len()).all(|peer| !self.present(peer) || self.role(peer) & REACHABLE != 0)
+    /// Whether peers with access to the rank's device can use its tensors.
+    pub(super) fn plain(&self, peer: usize) -> bool {
+        self.role(peer) & PLAIN != 0
     }
 }
 
@@ -295,10 +300,28 @@ impl<'a> Seat<'a> {
         self.eye.store64(self.state(0), sequence)
     }
 
-    /// Announces, meets, works and parts. What all can reach is worked on where it is, by the first block for all of
-    /// them; else every block goes through the staging memory, one after another.
+    /// Whether every rank uses every other's tensors where they are.
+    pub(super) fn all_direct(&self, meeting: &Meeting) -> bool {
+        let plain = |peer| !meeting.present(peer) || meeting.plain(peer);
+        self.rank.connected != 0 && (0..self.ranks()).all(plain)
+    }
+
+    /// Whether this rank uses the peer's tensors where they are.
+    pub(super) fn direct(&self, meeting: &Meeting, peer: usize) -> bool {
+        peer == self.index() || (self.rank.reaches >> peer & 1 != 0 && meeting.plain(peer))
+    }
+
+    /// Whether the peer uses this rank's tensors where they are.
+    pub(super) fn seen_by(&self, peer: usize) -> bool {
+        peer == self.index() || (self.rank.reached >> peer & 1 != 0 && self.me.role & PLAIN != 0)
+    }
+
+    /// Announces, meets, works and parts. `direct` is the work on tensors where they are, which the first block does for
+    /// all of them; `staged` is a block's, done by one after another.
+    /// With `always`, what is direct is done also where some is staged.
     pub(super) fn together(
         &mut self,
+        always: bool,
         direct: impl Fn(&Self, &Meeting) -> Result,
         staged: impl Fn(&Self, &Meeting, u32) -> Result<bool>,
     ) -> Result {
@@ -307,18 +330,23 @@ impl<'a> Seat<'a> {
             && self.me.role & (GIVES | GETS) != 0
         {
             stall();
-            let reachable = meeting.all_reachable();
-            if reachable {
+            let all_direct = self.all_direct(&meeting);
+            if all_direct || always {
                 direct(self, &meeting)?;
             }
             for block in 0..self.blocks {
-                if !reachable && !staged(self, &meeting, block)? {
+                if !all_direct && !staged(self, &meeting, block)? {
                     break;
                 }
                 self.part(&meeting, block)?;
             }
         }
         self.close(sequence)
+    }
+
+    /// Where a block's flag for summed chunks is in an inbox.
+    pub(super) fn summed_flag(inbox: u64, block: u32) -> u64 {
+        inbox + SUMMED + 8 * u64::from(block)
     }
 
     /// Where a block's flag for staged chunks is in an inbox.

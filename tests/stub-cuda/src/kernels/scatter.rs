@@ -30,12 +30,14 @@ pub(super) fn staged(seat: &Seat<'_>, meeting: &Meeting, block: u32, dtype: DTyp
     let size = dtype.size() as u64;
     let columns = seat.call.columns;
     let own = Line::of(seat.me.input, seat.me.input_stride, seat.call.rows, 0, columns, size);
+    let whole = seat.call.rows * columns * size;
     let begin = u64::from(entry(&seat.call.begin, seat.index()));
     let end = u64::from(entry(&seat.call.end, seat.index()));
-    let staging = Staging { seat, meeting, block };
-    staging.each_chunk(&own, &vec![own.bytes; seat.ranks()], |index| {
+    let staging = Staging::new(seat, meeting, block, whole);
+    let least = if seat.gets() { staging.chunks(whole) } else { 0 };
+    staging.each_chunk(&own, &vec![whole; seat.ranks()], least, |index| {
         let from = staging.first(index) / size;
-        let to = (from + u64::from(seat.rank.chunk_bytes) / size).min(seat.call.rows * columns);
+        let to = staging.last(index, whole) / size;
         let mut at = from;
         while at < to {
             let (row, column) = (at / columns, at % columns);
@@ -46,7 +48,13 @@ pub(super) fn staged(seat: &Seat<'_>, meeting: &Meeting, block: u32, dtype: DTyp
                 let offset = (at - from + left - column) * size;
                 let mut sum = Sum::new(dtype);
                 for peer in (0..seat.ranks()).filter(|peer| meeting.gives(*peer)) {
-                    seat.eye.read(staging.slot(peer, index) + offset, &mut part, size)?;
+                    let about = meeting.about(peer);
+                    let place = if seat.direct(meeting, peer) {
+                        about.data + (row * about.stride + left) * size
+                    } else {
+                        staging.slot(peer, index) + offset
+                    };
+                    seat.eye.read(place, &mut part, size)?;
                     sum.add(&part);
                 }
                 sum.round(&mut part);

@@ -12,7 +12,7 @@ pub(super) fn direct(seat: &Seat<'_>, meeting: &Meeting) -> Result {
     }
     for hop in 0..seat.ranks() {
         let peer = (seat.index() + hop) % seat.ranks();
-        if !meeting.gives(peer) || seat.width(peer) == 0 {
+        if !meeting.gives(peer) || seat.width(peer) == 0 || !seat.direct(meeting, peer) {
             continue;
         }
         let about = meeting.about(peer);
@@ -31,30 +31,23 @@ pub(super) fn direct(seat: &Seat<'_>, meeting: &Meeting) -> Result {
     Ok(())
 }
 
+/// What `direct` leaves.
 pub(super) fn staged(seat: &Seat<'_>, meeting: &Meeting, block: u32) -> Result<bool> {
     let me = seat.index();
+    let rows = seat.call.rows;
     let skip = u64::from(entry(&seat.call.skip, me));
-    let own = Line::of(seat.me.input, seat.me.input_stride, seat.call.rows, skip, seat.width(me), 1);
-    let bytes: Vec<u64> = (0..seat.ranks()).map(|peer| seat.call.rows * seat.width(peer)).collect();
-    let staging = Staging { seat, meeting, block };
-    staging.each_chunk(&own, &bytes, |index| {
-        let from = staging.first(index);
-        for peer in (0..seat.ranks()).filter(|peer| meeting.gives(*peer)) {
+    let own = Line::of(seat.me.input, seat.me.input_stride, rows, skip, seat.width(me), 1);
+    let bytes: Vec<u64> = (0..seat.ranks()).map(|peer| rows * seat.width(peer)).collect();
+    let staging = Staging::new(seat, meeting, block, rows * seat.call.columns);
+    staging.each_chunk(&own, &bytes, 0, |index| {
+        for peer in 0..seat.ranks() {
             let length = entry(&bytes, peer);
-            if from >= length {
+            if !staging.takes_from(peer) || staging.first(index) >= length {
                 continue;
             }
             let begin = u64::from(entry(&seat.call.begin, peer));
-            let (output, stride) = (seat.me.output, seat.me.output_stride);
-            let line = Line::of(output, stride, seat.call.rows, begin, seat.width(peer), 1);
-            // A root's own tensor is in its place already.
-            if peer == me && line.data == own.data {
-                continue;
-            }
-            let to = (from + u64::from(seat.rank.chunk_bytes)).min(length);
-            let mut chunk = vec![0; (to - from) as usize];
-            seat.eye.read(staging.slot(peer, index), &mut chunk, 1)?;
-            line.write(seat.eye, from, &chunk)?;
+            let line = Line::of(seat.me.output, seat.me.output_stride, rows, begin, seat.width(peer), 1);
+            staging.copy_back(&line, peer, index)?;
         }
         Ok(())
     })
