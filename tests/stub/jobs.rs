@@ -42,8 +42,8 @@ pub(crate) struct Order {
     pub(crate) dim: usize,
     /// Units of every rank, 0 for none.
     pub(crate) counts: Vec<u64>,
-    /// Of the ranks' tensors.
-    pub(crate) memory: Memory,
+    /// Of each rank's tensors.
+    pub(crate) memory: Vec<Memory>,
     /// Of the source of a broadcast or the target of a gather, in list calls.
     pub(crate) guest: Memory,
     pub(crate) seed: u64,
@@ -66,7 +66,13 @@ impl Order {
         if counts.iter().all(|count| *count == 0) {
             counts[below(ranks)] = 1;
         }
-        let memory = [Memory::Plain, Memory::Plain, Memory::Plain, Memory::Pool, Memory::Mapped][below(5)];
+        // All alike, or every rank's its own.
+        let kinds = [Memory::Plain, Memory::Plain, Memory::Plain, Memory::Pool, Memory::Mapped];
+        let memory = if below(2) == 0 {
+            vec![kinds[below(5)]; ranks]
+        } else {
+            (0..ranks).map(|_| kinds[below(5)]).collect()
+        };
         let guest = [Memory::Pinned, Memory::Pageable, Memory::Plain][below(3)];
         Self { kind, dtype, rows, dim, counts, memory, guest, seed: next(&mut seed) }
     }
@@ -115,7 +121,8 @@ impl Job {
         let mut seed = order.seed;
         let (dtype, rows, total) = (order.dtype, order.rows, order.total());
         let mut matrix = |columns: usize| Matrix::random(dtype, rows, columns, next(&mut seed));
-        let place = |rank: usize, matrix: &Matrix| Placed::new(stub, devices[rank], order.memory, matrix);
+        let place =
+            |rank: usize, matrix: &Matrix| Placed::new(stub, devices[rank], order.memory[rank], matrix);
         let ranks = 0..devices.len();
         let wholes = |matrix: &mut dyn FnMut(usize) -> Matrix| -> Vec<Placed> {
             ranks.clone().map(|rank| place(rank, &matrix(total))).collect()

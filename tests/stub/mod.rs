@@ -15,7 +15,9 @@
 
 #[path = "../common/mod.rs"]
 pub(crate) mod common;
+pub(crate) mod inject;
 pub(crate) mod jobs;
+pub(crate) mod operate;
 pub(crate) mod place;
 
 use std::ffi::c_char;
@@ -112,6 +114,13 @@ pub(crate) fn on_stub(test: &str, body: impl FnOnce(&'static Stub)) {
         std::process::abort();
     });
     let stub: &'static Stub = Box::leak(Box::new(Stub::load()));
+    let told = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        told(panic);
+        for violation in stub.violations() {
+            eprintln!("before that: {violation}");
+        }
+    }));
     body(stub);
     assert_eq!(stub.violations(), Vec::<String>::new());
 }
@@ -216,6 +225,11 @@ impl Stub {
     /// Makes a device's context current on this thread; `None` for none.
     pub(crate) fn make_current(&self, device: Option<u32>) {
         let context = device.map_or(0, |device| self.stub_context(device));
+        assert_eq!(self.cuCtxSetCurrent(context), 0);
+    }
+
+    /// Makes current what was.
+    pub(crate) fn restore(&self, (context, _): (usize, u32)) {
         assert_eq!(self.cuCtxSetCurrent(context), 0);
     }
 

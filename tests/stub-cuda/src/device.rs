@@ -26,6 +26,8 @@ pub(crate) struct Device {
     enabled: HashSet<u32>,
     /// How often its primary context is retained.
     pub(crate) references: u64,
+    /// How many of those are a test's own.
+    pub(crate) borrowed: u64,
     /// The error that broke its context.
     broken: i32,
 }
@@ -47,6 +49,7 @@ pub(crate) fn make(count: usize) {
         peers: vec![Peer::Works; count],
         enabled: HashSet::new(),
         references: 0,
+        borrowed: 0,
         broken: 0,
     };
     *all() = (0..count).map(device).collect();

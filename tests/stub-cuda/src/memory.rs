@@ -191,6 +191,11 @@ pub(crate) fn of_device(call: &str, device: u32, address: u64, bytes: u64) -> Re
 
 /// What a kernel finds at an address: `None` where a driver lied about a peer.
 pub(crate) fn seen_by(device: u32, address: u64, bytes: u64, align: u64) -> Result<Option<*mut u8>> {
+    // The kernels of a broken context do no more.
+    match device::broken(device) {
+        0 => {}
+        code => return Err(code),
+    }
     if !address.is_multiple_of(align) {
         let text = format!("kernel on device {device}: {address:#x} accessed in units of {align} bytes");
         return Err(misuse(MISALIGNED_ADDRESS, text));

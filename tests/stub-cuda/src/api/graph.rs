@@ -11,7 +11,7 @@ driver! {
     }
 
     fn cuStreamEndCapture(on: usize, place: *mut usize) {
-        let device = device::current("cuStreamEndCapture")?;
+        let device = device::holder("cuStreamEndCapture")?;
         store(place, graph::end(&stream::find("cuStreamEndCapture", on, device)?)?)
     }
 

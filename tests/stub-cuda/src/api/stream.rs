@@ -18,7 +18,7 @@ driver! {
     }
 
     fn cuStreamSynchronize(on: usize) {
-        let device = device::current("cuStreamSynchronize")?;
+        let device = device::holder("cuStreamSynchronize")?;
         stream::find("cuStreamSynchronize", on, device)?.synchronize()
     }
 
