@@ -5,6 +5,7 @@
 
 mod stub;
 
+use std::collections::BTreeSet;
 use std::thread;
 use std::time::Duration;
 
@@ -205,6 +206,37 @@ fn devices_are_listed_as_the_driver_has_them() {
         let wrong = Communicator::new(&[Device::Cuda(5), Device::Cuda(0)], &options()).unwrap_err();
         assert!(wrong.to_string().contains("cuda:5") && wrong.to_string().contains("cuda:4"), "{wrong}");
     });
+}
+
+/// Names that follow `prefix` in text.
+fn after<'a>(text: &'a str, prefix: &str) -> impl Iterator<Item = &'a str> {
+    text.split(prefix).skip(1).map(|rest| {
+        let end = rest.find(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_');
+        &rest[..end.unwrap_or(rest.len())]
+    })
+}
+
+#[test]
+fn every_driver_function_is_looked_for_before_it_is_called() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut folders = vec![root.join("src")];
+    let (mut called, mut looked_for) = (BTreeSet::new(), BTreeSet::new());
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|ending| ending == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                called.extend(after(&text, "sys::cu").map(str::to_owned));
+                looked_for.extend(after(&text, "c\"cu").map(str::to_owned));
+            }
+        }
+    }
+    assert!(called.len() > 30, "{called:?}");
+    // A symbol that is missing would be a panic inside cudarc.
+    assert_eq!(called.difference(&looked_for).collect::<Vec<_>>(), Vec::<&String>::new());
+    assert_eq!(looked_for.difference(&called).collect::<Vec<_>>(), Vec::<&String>::new());
 }
 
 #[test]

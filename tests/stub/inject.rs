@@ -180,6 +180,13 @@ impl Bench {
         self.comm = Some((comm, streams));
     }
 
+    /// Lets operations go to these streams.
+    pub(crate) fn streams(&mut self, streams: &[Stream]) {
+        if let Some((_, place)) = &mut self.comm {
+            *place = streams.to_vec();
+        }
+    }
+
     /// Gives the communicator back.
     pub(crate) fn give_back(&mut self) {
         drop(self.comm.take());

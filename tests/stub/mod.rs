@@ -23,6 +23,7 @@ pub(crate) mod place;
 use std::ffi::c_char;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use libloading::{Library, Symbol};
@@ -64,8 +65,17 @@ fn manifest() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stub-cuda/Cargo.toml")
 }
 
-/// Builds the stub, unless that was done, and gives the folder that it is in.
+/// The folder of the stub, which is built at the first need.
 fn build() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(build_now).clone()
+}
+
+fn build_now() -> PathBuf {
+    // A process on the stub finds it where its parent did.
+    if let Some(folder) = std::env::var_os(HERE) {
+        return folder.into();
+    }
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("stub-cuda");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
@@ -86,14 +96,14 @@ fn build() -> PathBuf {
 /// This binary once more, for one test, on the stub.
 pub(crate) fn again(test: &str) -> Command {
     let folder = build();
-    let mut path = folder.into_os_string();
+    let mut path = folder.clone().into_os_string();
     if let Some(others) = std::env::var_os("LD_LIBRARY_PATH") {
         path.push(":");
         path.push(others);
     }
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture", "--include-ignored", "--test-threads=1"]);
-    command.env("LD_LIBRARY_PATH", path).env(HERE, "1").env_remove("CUDA_VISIBLE_DEVICES");
+    command.env("LD_LIBRARY_PATH", path).env(HERE, folder).env_remove("CUDA_VISIBLE_DEVICES");
     command
 }
 

@@ -3,6 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
+use tp_rs::comm::Stream;
 use tp_rs::{Error, Result};
 
 use super::inject::{Bench, Outcome, Report, codes_at, is_sticky, names};
@@ -127,6 +128,40 @@ pub(crate) fn settle(
         bench.renew();
     }
     outcome
+}
+
+/// Lets calls fail while ranks move to other streams than their last operation's: the default ones.
+pub(crate) fn moving(bench: &mut Bench, scenario: &str, order: &Order, how: How, report: &mut Report) {
+    let devices = bench.devices.clone();
+    let stub = bench.stub;
+    let mut job = Job::new(stub, &devices, order);
+    let moved = |bench: &mut Bench, job: &mut Job| {
+        bench.streams(&vec![Stream::default(); devices.len()]);
+        let result = run(bench, job, how);
+        let own = bench.comm().0.streams();
+        bench.streams(&own);
+        result
+    };
+    bench.renew();
+    run(bench, &mut job, how).unwrap();
+    let held = stub.ledger();
+    job.reset();
+    let calls = bench.calls(|bench| moved(bench, &mut job));
+    for nth in 1..=calls.len() {
+        for code in codes_at(&calls, nth) {
+            bench.renew();
+            bench.options.timeout = if is_sticky(code) { SHORT } else { LONG };
+            job.reset();
+            run(bench, &mut job, how).unwrap();
+            job.reset();
+            let (result, call) = bench.fail(nth, code, |bench| moved(bench, &mut job));
+            let Some(call) = call else { continue };
+            let outcome = settle(bench, &mut job, how, &call, code, &result);
+            report.add(scenario, &call, nth, code, outcome);
+            bench.comm();
+            assert_eq!(stub.ledger(), held, "{scenario}: {call} (call {nth}) gave {code}");
+        }
+    }
 }
 
 /// Lets calls fail while a communicator is made. What there is of it then has to be given back.
