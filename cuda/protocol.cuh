@@ -347,8 +347,10 @@ __device__ __noinline__ bool meet(const Call &call, u64 whole, Meeting &meeting)
             about.stride = call.gives() ? call.me().input_stride : call.me().output_stride;
             about.role = call.role();
         } else {
+            // Small sums tell no addresses, and a rank that only comes needs none.
+            const u32 parts = (call.role() & (GIVES | GETS)) != 0 ? 3 : 1;
             uint4 letter[3] = {};
-            const bool came = read_letter(call, (u32)whole, peer, letter, 3) && agrees(call, peer, letter[0]);
+            const bool came = read_letter(call, (u32)whole, peer, letter, parts) && agrees(call, peer, letter[0]);
             about.data = letter[1].x | (u64)letter[1].z << 32;
             about.stride = letter[2].x | (u64)letter[2].z << 32;
             about.role = came ? letter[0].z : 0;
