@@ -7,19 +7,22 @@ use super::eye::Eye;
 use crate::codes::Result;
 use crate::faults::stall;
 use crate::layout::{
-    Call, DISAGREED, GETS, GIVES, Member, PLAIN, Rank, STOP_AT, Status, TIMED_OUT, TOLD_BY_PEER,
+    Call, DISAGREED, GETS, GIVES, INBOX_BYTES, LETTER_BYTES, Member, PLAIN, Rank, STOP_AT, Status, TIMED_OUT,
+    TOLD_BY_PEER,
 };
 
 const TOLD_BY_HOST: u32 = 4;
-// Inside of an inbox: letters of even and odd operations, then three lists of flags, then the stop word.
-const LETTER: u64 = 64;
-const FLAGS: u64 = 8 * crate::layout::MOST_BLOCKS as u64;
+// Inside of an inbox: letters of even and odd operations, the flag of the end, the stop word, then a flag of a line for
+// each staging block, three times.
+const LETTER: u64 = LETTER_BYTES as u64;
+const LINE: u64 = 128;
 const FINISHED: u64 = 2 * LETTER;
-const STAGED: u64 = FINISHED + FLAGS;
-const CONSUMED: u64 = STAGED + FLAGS;
-const SUMMED: u64 = CONSUMED + FLAGS;
-const STOP: u64 = SUMMED + FLAGS;
-const _: () = assert!(STOP == STOP_AT as u64);
+const STOP: u64 = FINISHED + LINE;
+const STAGED: u64 = STOP + LINE;
+const CONSUMED: u64 = STAGED + LINE * STAGING_BLOCKS;
+const SUMMED: u64 = CONSUMED + LINE * STAGING_BLOCKS;
+const STAGING_BLOCKS: u64 = 32;
+const _: () = assert!(STOP == STOP_AT as u64 && SUMMED + LINE * STAGING_BLOCKS == INBOX_BYTES as u64);
 
 /// A peer of the running operation.
 #[derive(Clone, Copy, Default)]
@@ -244,59 +247,82 @@ impl<'a> Seat<'a> {
         Ok(whole)
     }
 
+    /// Waits for `parts` parts of a peer's letter, and passes them on to where the other blocks look for them.
+    pub(super) fn read_letter(
+        &self,
+        sequence: u32,
+        peer: usize,
+        parts: u64,
+    ) -> Result<Option<[(u32, u32); 3]>> {
+        let place = u64::from(sequence & 1) * LETTER;
+        let (own, seen) = (self.inbox(peer) + place, entry(&self.rank.seen, peer) + place);
+        let mut letter = [(0, 0); 3];
+        for (part, words) in (0..parts).zip(&mut letter) {
+            let Some(received) = self.receive(own + 16 * part, sequence, peer)? else { return Ok(None) };
+            if seen != own {
+                self.send(seen + 16 * part, sequence, received)?;
+                // The other blocks find the same.
+                if self.receive(seen + 16 * part, sequence, peer)? != Some(received) {
+                    return Ok(None);
+                }
+            }
+            *words = received;
+        }
+        Ok(Some(letter))
+    }
+
+    /// Whether a peer that brings something made the same call. A rank that only comes need not have.
+    pub(super) fn agrees(&self, peer: usize, (signature, role): (u32, u32)) -> Result<bool> {
+        let brings = |role: u32| role & (GIVES | GETS) != 0;
+        if !brings(role) || !brings(self.me.role) || signature == self.call.signature {
+            return Ok(true);
+        }
+        self.stop(DISAGREED, 1 << peer)?;
+        Ok(false)
+    }
+
+    /// Whether the rank has not stopped.
+    pub(super) fn alive(&self) -> Result<bool> {
+        Ok(!self.broken()?)
+    }
+
     /// Waits for all letters. `None`: leave at once.
-    pub(super) fn meet(&self, whole: u64, addresses: bool) -> Result<Option<Meeting>> {
-        let sequence = whole as u32;
-        let mut alive = !self.broken()?;
+    pub(super) fn meet(&self, whole: u64) -> Result<Option<Meeting>> {
+        let mut alive = self.alive()?;
         let mut peers = vec![Peer::default(); self.ranks()];
-        let present = GIVES | GETS;
         for (peer, about) in peers.iter_mut().enumerate() {
             if peer == self.index() {
                 *about = self.own();
                 continue;
             }
-            let letter = self.inbox(peer) + (whole & 1) * LETTER;
-            let Some((signature, role)) = self.receive(letter, sequence, peer)? else {
+            // Addresses are told by those only who bring something.
+            let parts = if self.me.role & (GIVES | GETS) != 0 { 3 } else { 1 };
+            let Some([what, data, stride]) = self.read_letter(whole as u32, peer, parts)? else {
                 alive = false;
                 continue;
             };
-            // A rank that only comes need not have made the same call.
-            let both = role & present != 0 && self.me.role & present != 0;
-            if both && signature != self.call.signature {
-                self.stop(DISAGREED, 1 << peer)?;
+            if !self.agrees(peer, what)? {
                 alive = false;
                 continue;
             }
-            about.role = role;
-            if addresses && both {
-                let (Some(data), Some(stride)) =
-                    (self.receive(letter + 16, sequence, peer)?, self.receive(letter + 32, sequence, peer)?)
-                else {
-                    alive = false;
-                    continue;
-                };
-                about.data = u64::from(data.0) | u64::from(data.1) << 32;
-                about.stride = u64::from(stride.0) | u64::from(stride.1) << 32;
-            }
+            about.data = u64::from(data.0) | u64::from(data.1) << 32;
+            about.stride = u64::from(stride.0) | u64::from(stride.1) << 32;
+            about.role = what.1;
         }
         Ok(alive.then_some(Meeting { sequence: whole, peers }))
     }
 
-    /// Waits until no peer needs this block's memory any more and all that peers write here has been written.
-    fn part(&self, meeting: &Meeting, block: u32) -> Result {
+    /// Ends an operation: with a meeting, waits until no peer needs this rank's memory any more and all that peers
+    /// write here has been written; then counts it.
+    pub(super) fn leave(&self, sequence: u64, meeting: Option<&Meeting>) -> Result {
         stall();
-        let flag = FINISHED + 8 * u64::from(block);
-        for peer in self.others().filter(|peer| meeting.present(*peer)) {
-            self.eye.store64(self.out(peer) + flag, meeting.sequence)?;
+        let present = |peer: &usize| meeting.is_some_and(|meeting| meeting.present(*peer));
+        for peer in self.others().filter(present) {
+            self.eye.store64(self.out(peer) + FINISHED, sequence)?;
         }
-        for peer in self.others().filter(|peer| meeting.present(*peer)) {
-            self.wait_for(self.inbox(peer) + flag, meeting.sequence, peer)?;
+        for peer in self.others().filter(present) {
+            self.wait_for(self.inbox(peer) + FINISHED, sequence, peer)?;
         }
-        Ok(())
-    }
-
-    /// Counts the operation.
-    pub(super) fn close(&self, sequence: u64) -> Result {
         self.eye.store64(self.state(0), sequence)
     }
 
@@ -326,36 +352,37 @@ impl<'a> Seat<'a> {
         staged: impl Fn(&Self, &Meeting, u32) -> Result<bool>,
     ) -> Result {
         let sequence = self.announce(true)?;
-        if let Some(meeting) = self.meet(sequence, true)?
+        let meeting = self.meet(sequence)?;
+        let mut done = None;
+        if let Some(meeting) = &meeting
             && self.me.role & (GIVES | GETS) != 0
         {
             stall();
-            let all_direct = self.all_direct(&meeting);
+            let all_direct = self.all_direct(meeting);
             if all_direct || always {
-                direct(self, &meeting)?;
+                direct(self, meeting)?;
             }
+            let mut whole = true;
             for block in 0..self.blocks {
-                if !all_direct && !staged(self, &meeting, block)? {
-                    break;
-                }
-                self.part(&meeting, block)?;
+                whole = whole && (all_direct || staged(self, meeting, block)?);
             }
+            done = whole.then_some(meeting);
         }
-        self.close(sequence)
+        self.leave(sequence, done)
     }
 
     /// Where a block's flag for summed chunks is in an inbox.
     pub(super) fn summed_flag(inbox: u64, block: u32) -> u64 {
-        inbox + SUMMED + 8 * u64::from(block)
+        inbox + SUMMED + LINE * u64::from(block)
     }
 
     /// Where a block's flag for staged chunks is in an inbox.
     pub(super) fn staged_flag(inbox: u64, block: u32) -> u64 {
-        inbox + STAGED + 8 * u64::from(block)
+        inbox + STAGED + LINE * u64::from(block)
     }
 
     /// Where a block's flag for consumed chunks is in an inbox.
     pub(super) fn consumed_flag(inbox: u64, block: u32) -> u64 {
-        inbox + CONSUMED + 8 * u64::from(block)
+        inbox + CONSUMED + LINE * u64::from(block)
     }
 }

@@ -5,7 +5,7 @@ use super::protocol::Seat;
 use crate::codes::Result;
 use crate::dtype::DType;
 use crate::faults::stall;
-use crate::layout::INBOX_BYTES;
+use crate::layout::{GIVES, INBOX_BYTES};
 
 pub(super) fn run(seat: &mut Seat<'_>, dtype: DType) -> Result {
     let whole = seat.announce(false)?;
@@ -17,55 +17,59 @@ pub(super) fn run(seat: &mut Seat<'_>, dtype: DType) -> Result {
     let area = INBOX_BYTES as u64 + (whole & 1) * seat.rank.small_bytes * 2;
     let row_at = |row: u64| seat.me.output + row * seat.me.output_stride * size;
     let mut own = vec![0; packs * 8];
-    if seat.gives() {
-        for (row, line) in (0..seat.call.rows).zip(own.chunks_mut(row_bytes.max(1) as usize)) {
-            let length = line.len().min(row_bytes as usize);
-            seat.eye.read(row_at(row), line.get_mut(..length).unwrap_or_default(), size)?;
-        }
-        // What lies behind the end is zero.
-        own.get_mut(total..).unwrap_or_default().fill(0);
-        for peer in seat.others() {
-            stall();
-            for (pack, words) in own.chunks_exact(8).enumerate() {
-                seat.send(seat.out(peer) + area + 16 * pack as u64, sequence, halves(words))?;
-            }
+    for (row, line) in (0..seat.call.rows).zip(own.chunks_mut(row_bytes.max(1) as usize)) {
+        let length = line.len().min(row_bytes as usize);
+        seat.eye.read(row_at(row), line.get_mut(..length).unwrap_or_default(), size)?;
+    }
+    // What lies behind the end is zero.
+    own.get_mut(total..).unwrap_or_default().fill(0);
+    for peer in seat.others() {
+        stall();
+        for (pack, words) in own.chunks_exact(8).enumerate() {
+            seat.send(seat.out(peer) + area + 16 * pack as u64, sequence, halves(words))?;
         }
     }
-    let meeting = seat.meet(whole, false)?;
-    if let Some(meeting) = meeting
-        && seat.gets()
-    {
-        let mut sum = Sum::new(dtype);
-        let mut alive = true;
-        for peer in (0..seat.ranks()).filter(|peer| meeting.gives(*peer)) {
-            if peer == seat.index() {
-                sum.add(&own);
-                continue;
-            }
-            let mut part = Vec::with_capacity(packs * 8);
-            for pack in 0..packs {
-                let at = seat.inbox(peer) + area + 16 * pack as u64;
-                let Some((low, high)) = seat.receive(at, sequence, peer)? else {
-                    alive = false;
-                    break;
-                };
-                part.extend_from_slice(&low.to_le_bytes());
-                part.extend_from_slice(&high.to_le_bytes());
-            }
-            if !alive {
-                break;
-            }
-            sum.add(&part);
-        }
-        if alive {
-            sum.round(&mut own);
-            let lines = own.get(..total).unwrap_or_default().chunks(row_bytes.max(1) as usize);
-            for (row, line) in (0..seat.call.rows).zip(lines) {
-                seat.eye.write(row_at(row), line, size)?;
-            }
+    if let Some(sum) = add_up(seat, dtype, sequence, area, &own)? {
+        sum.round(&mut own);
+        let lines = own.get(..total).unwrap_or_default().chunks(row_bytes.max(1) as usize);
+        for (row, line) in (0..seat.call.rows).zip(lines) {
+            seat.eye.write(row_at(row), line, size)?;
         }
     }
-    seat.close(whole)
+    seat.leave(whole, None)
+}
+
+/// The sum of what this rank has and its peers pushed. `None`: leave at once.
+fn add_up(seat: &Seat<'_>, dtype: DType, sequence: u32, area: u64, own: &[u8]) -> Result<Option<Sum>> {
+    if !seat.alive()? {
+        return Ok(None);
+    }
+    let mut sum = Sum::new(dtype);
+    for peer in 0..seat.ranks() {
+        if peer == seat.index() {
+            if seat.gives() {
+                sum.add(own);
+            }
+            continue;
+        }
+        // A peer tells whether it made the same call before what it pushed is taken.
+        let Some([what, ..]) = seat.read_letter(sequence, peer, 1)? else { return Ok(None) };
+        if !seat.agrees(peer, what)? {
+            return Ok(None);
+        }
+        if what.1 & GIVES == 0 {
+            continue;
+        }
+        let mut part = Vec::with_capacity(own.len());
+        for pack in 0..own.len() as u64 / 8 {
+            let at = seat.inbox(peer) + area + 16 * pack;
+            let Some((low, high)) = seat.receive(at, sequence, peer)? else { return Ok(None) };
+            part.extend_from_slice(&low.to_le_bytes());
+            part.extend_from_slice(&high.to_le_bytes());
+        }
+        sum.add(&part);
+    }
+    Ok(Some(sum))
 }
 
 fn halves(words: &[u8]) -> (u32, u32) {

@@ -69,7 +69,7 @@ impl<'a> Staging<'a> {
     /// `bytes` are those of the whole.
     pub(super) fn new(seat: &'a Seat<'a>, meeting: &'a Meeting, block: u32, bytes: u64) -> Self {
         let blocks = u64::from(seat.blocks.min(u32::from(seat.rank.staging_blocks)));
-        let fair = (bytes / (4 * blocks)).next_multiple_of(LEAST);
+        let fair = (bytes / (u64::from(seat.rank.slots) * blocks)).next_multiple_of(LEAST);
         let chunk = fair.min(u64::from(seat.rank.slot_bytes)).max(LEAST);
         Self { seat, meeting, block, blocks, chunk }
     }
