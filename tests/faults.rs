@@ -27,7 +27,18 @@ fn options() -> CommOptions {
 fn order(kind: Operation, ranks: usize) -> Order {
     let counts = (1..=ranks as u64).collect();
     let (memory, guest) = (vec![Memory::Plain; ranks], Memory::Plain);
-    Order { kind, dtype: DType::F32, rows: 3, dim: 4, counts, memory, guest, seed: 7 }
+    Order {
+        kind,
+        dtype: DType::F32,
+        rows: 3,
+        dim: 4,
+        counts,
+        memory,
+        guest,
+        silent: None,
+        receives: false,
+        seed: 7,
+    }
 }
 
 /// Runs scenarios on the stub, and prints their part of the table.

@@ -246,8 +246,12 @@ fn default_and_blocking_streams_keep_their_order() {
         let comm = communicator(&[0, 1], &options());
         let blocking: Vec<_> = (0..2).map(|device| Stream(stub.stub_stream(device, 1))).collect();
         let mut seed = seed();
-        let order =
-            Order { kind: Operation::AllReduce, dtype: DType::F64, ..Order::random(2, 600, next(&mut seed)) };
+        let order = Order {
+            kind: Operation::AllReduce,
+            dtype: DType::F64,
+            silent: None,
+            ..Order::random(2, 600, next(&mut seed))
+        };
         let mut job = Job::new(stub, &[0, 1], &order);
         // The same tensors again and again: a call that overtakes another, or is overtaken half way, shows.
         let calls = 20;

@@ -46,6 +46,9 @@ pub(crate) struct Order {
     pub(crate) memory: Vec<Memory>,
     /// Of the source of a broadcast or the target of a gather, in list calls.
     pub(crate) guest: Memory,
+    /// A rank with nothing to add to an `all_reduce`. In rank calls it may still get the sum.
+    pub(crate) silent: Option<usize>,
+    pub(crate) receives: bool,
     pub(crate) seed: u64,
 }
 
@@ -74,7 +77,9 @@ impl Order {
             (0..ranks).map(|_| kinds[below(5)]).collect()
         };
         let guest = [Memory::Pinned, Memory::Pageable, Memory::Plain][below(3)];
-        Self { kind, dtype, rows, dim, counts, memory, guest, seed: next(&mut seed) }
+        let silent = (kind == Kind::AllReduce && ranks > 1 && below(3) == 0).then(|| below(ranks));
+        let receives = below(2) == 0;
+        Self { kind, dtype, rows, dim, counts, memory, guest, silent, receives, seed: next(&mut seed) }
     }
 
     /// The same for rank calls, whose tensors are all on devices.
@@ -112,7 +117,8 @@ pub(crate) struct Job {
     inputs: Vec<Placed>,
     outputs: Vec<Placed>,
     guest: Option<Placed>,
-    wanted: Vec<Vec<u8>>,
+    /// What comes of list calls and of rank calls.
+    wanted: [Vec<Vec<u8>>; 2],
 }
 
 impl Job {
@@ -154,14 +160,20 @@ impl Job {
                 outputs = parts(&mut matrix);
             }
         }
-        let mut job =
-            Self { order: order.clone(), split: order.split(), inputs, outputs, guest, wanted: vec![] };
-        job.wanted = job.wanted();
+        let mut job = Self {
+            order: order.clone(),
+            split: order.split(),
+            inputs,
+            outputs,
+            guest,
+            wanted: [vec![], vec![]],
+        };
+        job.wanted = [job.wanted(false), job.wanted(true)];
         job
     }
 
     /// The elements of every output, and of the guest behind them where it is one.
-    fn wanted(&self) -> Vec<Vec<u8>> {
+    fn wanted(&self, by_ranks: bool) -> Vec<Vec<u8>> {
         let order = &self.order;
         let size = order.dtype.size();
         let all =
@@ -178,7 +190,17 @@ impl Job {
             whole
         };
         match order.kind {
-            Kind::AllReduce => vec![sum(&all(&self.outputs)); self.outputs.len()],
+            Kind::AllReduce => {
+                let mut adding = all(&self.outputs);
+                let silent = order.silent.map(|rank| (rank, adding.remove(rank)));
+                let mut wanted = vec![sum(&adding); self.outputs.len()];
+                if let Some((rank, before)) = silent
+                    && !(by_ranks && order.receives)
+                {
+                    wanted[rank] = before.elements();
+                }
+                wanted
+            }
             Kind::Broadcast => {
                 vec![self.guest.as_ref().unwrap().before.elements(); self.outputs.len()]
             }
@@ -217,7 +239,13 @@ impl Job {
         // SAFETY: the tensors live in their places until the streams are waited for.
         unsafe {
             match self.order.kind {
-                Kind::AllReduce => comm.all_reduce(&outputs, streams),
+                Kind::AllReduce => {
+                    let mut outputs = outputs;
+                    if let Some(rank) = self.order.silent {
+                        outputs[rank].rows = 0;
+                    }
+                    comm.all_reduce(&outputs, streams)
+                }
                 Kind::Broadcast => comm.broadcast(&guest.unwrap(), &outputs, streams),
                 Kind::Gather => comm.gather(&inputs, split, dim, &guest.unwrap(), streams),
                 Kind::AllGather => comm.all_gather(&inputs, split, &outputs, &everyone, dim, streams),
@@ -241,6 +269,7 @@ impl Job {
         let call = |rank: usize| RankCall {
             kind,
             rank,
+            receives: self.order.silent == Some(rank) && self.order.receives,
             split: &self.split,
             dim: self.order.dim as u64,
             input: match kind {
@@ -252,6 +281,7 @@ impl Job {
             output: match kind {
                 Kind::ReduceScatter | Kind::AddResidual => shared(&outputs, rank),
                 Kind::Gather => guest.unwrap(),
+                Kind::AllReduce if self.order.silent == Some(rank) && !self.order.receives => nothing,
                 _ => outputs[rank],
             },
         };
@@ -263,7 +293,8 @@ impl Job {
         let skipped = usize::from(by_ranks && self.order.kind == Kind::Broadcast);
         let outputs = self.outputs.iter_mut().skip(skipped);
         let outputs = outputs.chain(self.guest.as_mut().filter(|_| self.order.kind == Kind::Gather));
-        for (index, (output, wanted)) in outputs.zip(self.wanted.iter().skip(skipped)).enumerate() {
+        let wanted = &self.wanted[usize::from(by_ranks)];
+        for (index, (output, wanted)) in outputs.zip(wanted.iter().skip(skipped)).enumerate() {
             let gaps = output.before.gaps();
             let now = output.now();
             if now.elements() != *wanted {
@@ -279,7 +310,7 @@ impl Job {
 
     /// Wants every float64 to be twice what it was, so many times: a sum of two ranks that is summed again.
     pub(crate) fn doubled(&mut self, times: i32) {
-        for wanted in &mut self.wanted {
+        for wanted in self.wanted.iter_mut().flatten() {
             let values = decode(DType::F64, wanted).into_iter();
             *wanted = encode(DType::F64, &values.map(|value| value * 2_f64.powi(times)).collect::<Vec<_>>());
         }
@@ -295,6 +326,7 @@ impl Job {
 pub(crate) struct RankCall<'a> {
     kind: Kind,
     pub(crate) rank: usize,
+    receives: bool,
     split: &'a Split,
     dim: u64,
     input: Tensor,
@@ -303,10 +335,11 @@ pub(crate) struct RankCall<'a> {
 
 impl RankCall<'_> {
     pub(crate) fn make(&self, comm: &Communicator, stream: Stream) -> Result<()> {
-        let Self { kind, rank, split, dim, input, output } = self;
+        let Self { kind, rank, receives, split, dim, input, output } = self;
         // SAFETY: the tensors live in their places until the streams are waited for.
         unsafe {
             match kind {
+                Kind::AllReduce if *receives => comm.rank_receive_sum(*rank, output, stream),
                 Kind::AllReduce => comm.rank_all_reduce(*rank, output, stream),
                 Kind::Broadcast if *rank == 0 => comm.rank_broadcast(0, 0, input, stream),
                 Kind::Broadcast => comm.rank_broadcast(*rank, 0, output, stream),
