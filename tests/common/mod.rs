@@ -5,7 +5,7 @@ use tp_rs::comm::dtype::{
 };
 use tp_rs::comm::{DType, Device, Tensor};
 
-fn next(seed: &mut u64) -> u64 {
+pub(crate) fn next(seed: &mut u64) -> u64 {
     // SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
     *seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut mixed = *seed;

@@ -332,7 +332,13 @@ impl Backend for Cuda {
 
 impl Drop for Cuda {
     fn drop(&mut self) {
-        // Kernels that still wait leave at once; freeing the memory then waits for them.
+        // Kernels that still wait leave at once, and tell their peers. Freeing the memory of one device would wait for that
+        // device only, while others still write there.
         self.rooms.stop();
+        for machine in &self.machines {
+            if let Err(error) = machine.context().synchronize() {
+                tracing::warn!(%error, "could not wait for a device before its memory is freed");
+            }
+        }
     }
 }

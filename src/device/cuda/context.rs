@@ -77,6 +77,17 @@ impl Context {
         Ok(Entered { context: self, pushed })
     }
 
+    /// As `enter`, for giving something back, which nobody does later: tries once more, and lets the caller go on without
+    /// it, since the driver knows from most handles where they belong.
+    pub(super) fn enter_to_free(&self) -> Option<Entered<'_>> {
+        self.enter()
+            .or_else(|error| {
+                tracing::warn!(%error, "trying again to enter the context, to give something back");
+                self.enter()
+            })
+            .ok()
+    }
+
     /// Waits for all work of the process on the device.
     pub(crate) fn synchronize(&self) -> Result<()> {
         let _current = self.enter()?;

@@ -42,7 +42,7 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        let Ok(_current) = self.context.enter() else { return };
+        let _current = self.context.enter_to_free();
         // SAFETY: the memory is this object's, and the driver waits for work on it.
         let code = unsafe { sys::cuMemFree_v2(self.address) };
         log_failure(self.context.check("cuMemFree_v2", code));
@@ -111,7 +111,7 @@ impl PinnedMemory {
 
 impl Drop for PinnedMemory {
     fn drop(&mut self) {
-        let Ok(_current) = self.context.enter() else { return };
+        let _current = self.context.enter_to_free();
         // SAFETY: the memory is this object's.
         let code = unsafe { sys::cuMemFreeHost(self.memory) };
         log_failure(self.context.check("cuMemFreeHost", code));

@@ -105,7 +105,7 @@ impl Module {
 
 impl Drop for Module {
     fn drop(&mut self) {
-        let Ok(_current) = self.context.enter() else { return };
+        let _current = self.context.enter_to_free();
         // SAFETY: the module is this object's, and its owner has waited for its kernels.
         let code = unsafe { sys::cuModuleUnload(self.module) };
         log_failure(self.context.check("cuModuleUnload", code));

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUresult};
 
+use super::calls::log_failure;
 use super::context::Context;
 use super::memory::{DeviceMemory, read};
 use super::module::{Function, Module};
@@ -103,6 +104,15 @@ fn enable(from: &Context, to: &Context) -> Result<bool> {
 fn prove(from: &Prover<'_>, to: &Prover<'_>, lie: bool) -> Result<bool> {
     let bytes = WORDS as usize * 4;
     let memory = DeviceMemory::zeroed(to.context, bytes, to.stream)?;
+    let works = exchange(from, to, &memory, lie);
+    if works.is_err() {
+        // Freeing the memory waits for its own device only, and a kernel of the other one may still be on its way.
+        log_failure(from.context.synchronize());
+    }
+    works
+}
+
+fn exchange(from: &Prover<'_>, to: &Prover<'_>, memory: &DeviceMemory, lie: bool) -> Result<bool> {
     let seed = 0x9e37_79b9 ^ (from.context.index() << 8) ^ to.context.index();
     let expected = seed ^ u32::from(lie);
     pattern(from, memory.address(), seed)?;

@@ -11,7 +11,7 @@ use crate::device::CudaDevice;
 use crate::error::Result;
 
 /// What this crate calls, under the versioned names that cudarc looks up.
-const SYMBOLS: [&CStr; 39] = [
+const SYMBOLS: [&CStr; 40] = [
     c"cuInit",
     c"cuGetErrorName",
     c"cuDeviceGet",
@@ -25,6 +25,7 @@ const SYMBOLS: [&CStr; 39] = [
     c"cuCtxGetCurrent",
     c"cuCtxPushCurrent_v2",
     c"cuCtxPopCurrent_v2",
+    c"cuCtxSynchronize",
     c"cuCtxEnablePeerAccess",
     c"cuMemGetInfo_v2",
     c"cuMemAlloc_v2",

@@ -56,7 +56,7 @@ impl OwnStream {
 
 impl Drop for OwnStream {
     fn drop(&mut self) {
-        let Ok(_current) = self.context.enter() else { return };
+        let _current = self.context.enter_to_free();
         // SAFETY: the stream is this object's; work on it goes on.
         let code = unsafe { sys::cuStreamDestroy_v2(self.stream) };
         log_failure(self.context.check("cuStreamDestroy_v2", code));
@@ -109,7 +109,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        let Ok(_current) = self.context.enter() else { return };
+        let _current = self.context.enter_to_free();
         // SAFETY: the event is this object's.
         let code = unsafe { sys::cuEventDestroy_v2(self.event) };
         log_failure(self.context.check("cuEventDestroy_v2", code));
