@@ -74,7 +74,7 @@ def write_checkpoint(folder: Path, hidden: int, vocabulary: int, gigabytes: floa
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         save_file({name: tensor(*shape) for name, shape in group.items()}, folder / file)
         index.update(dict.fromkeys(group, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def resident(field: str) -> int:

@@ -34,7 +34,8 @@ use crate::split::{self, Options, Plan, RankBudget, Subject};
 /// ```
 pub fn plan(shape: &ModelShape, budgets: &[RankBudget], options: &Options) -> Result<Plan> {
     let taking_part = budgets.iter().filter(|budget| budget.gib > 0.0).count();
-    let costs = Costs::new(shape, options, taking_part)?;
+    let on_devices = budgets.iter().any(|budget| budget.device != "cpu");
+    let costs = Costs::new(shape, options, taking_part, on_devices)?;
     let subject = Subject {
         model: shape.planned(),
         max_positions: shape.dimensions.max_positions,

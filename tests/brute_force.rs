@@ -28,7 +28,9 @@ struct Case {
     per_column: (u64, u64),
     per_row: (u64, u64),
     activation_head: u64,
+    activation_attention: u64,
     activation_column: u64,
+    activation_floor: u64,
     framework: u64,
     budgets: Vec<u64>,
     speeds: Vec<f64>,
@@ -53,7 +55,10 @@ impl Case {
         } else {
             0
         };
-        let alive = (held.query * self.activation_head).max(held.columns * self.activation_column);
+        let alone = if held.query > 0 { self.activation_attention } else { 0 };
+        let alive = (held.query * self.activation_head + alone)
+            .max(held.columns * self.activation_column)
+            .max(self.activation_floor);
         let lines = held.columns * self.per_column.0 + held.rows * self.per_row.0;
         self.per_rank + self.framework + attention + lines + alive
     }
@@ -103,8 +108,10 @@ impl Case {
             ],
             activation_base: 0,
             activation_attention: self.activation_head * query_heads,
+            activation_attention_alone: self.activation_attention,
             activation_mlp: self.activation_column * self.columns,
             communicator_bytes: 0,
+            activation_floor: self.activation_floor,
             buffer_bytes: 0,
             pinned_bytes: 0,
         }
@@ -188,7 +195,9 @@ fn case() -> impl Strategy<Value = Case> {
     });
     let costs =
         (0_u64..40, pair(60), pair(60), pair(60), pair(90), pair(40), 0_u64..12, 0_u64..12, 0_u64..30);
-    (sizes, costs, any::<u64>(), 0_u8..4).prop_map(|(sizes, costs, seed, tightness)| {
+    // Activations that do not follow the shares; half of the cases have none.
+    let fixed = prop_oneof![Just((0, 0)), (0_u64..40, 0_u64..90)];
+    (sizes, costs, fixed, any::<u64>(), 0_u8..4).prop_map(|(sizes, costs, fixed, seed, tightness)| {
         let (kv_heads, group, columns, rows, n, share_heads) = sizes;
         let (per_rank, rank, query, kv, column, row, activation_head, activation_column, framework) = costs;
         // A read of less than a byte would make equal times differ by rounding alone.
@@ -204,7 +213,9 @@ fn case() -> impl Strategy<Value = Case> {
             per_column: column,
             per_row: row,
             activation_head,
+            activation_attention: fixed.0,
             activation_column,
+            activation_floor: fixed.1,
             framework,
             budgets: vec![0; n],
             speeds: vec![1.0; n],
@@ -345,7 +356,9 @@ fn equal_ranks_with_room_get_equal_shares_whatever_is_free() {
         per_column: (40, 40),
         per_row: (10, 10),
         activation_head: 1,
+        activation_attention: 0,
         activation_column: 1,
+        activation_floor: 0,
         framework: 0,
         budgets: vec![GIB, 5 * GIB, 2 * GIB, 3 * GIB],
         speeds: vec![7.0; 4],

@@ -175,7 +175,8 @@ fn balanced_is_never_worse_than_the_reference_on_its_recorded_cases() {
 #[test]
 fn the_largest_context_is_not_a_token_short() {
     let shape = published("llama-3-8b");
-    let budgets = cards(&[5.429_948_141_183_102, 11.161_688_419_059_033]);
+    // On host memory, whose arithmetic is the one that the case was found with; without the framework's 704 MiB.
+    let budgets = [5.429_948_141_183_102, 11.161_688_419_059_033].map(|gib| RankBudget::cpu(gib - 0.6875));
     let at =
         |context| plan(&shape, &budgets, &Options { context, chunk: 1197, ..Options::default() }).unwrap();
     let largest = at(Context::Max);

@@ -4,9 +4,9 @@
 #
 #   tests/run_on_gpu.sh [folder for logs, JSON and pictures]
 #
-# Wants the package installed (or on PYTHONPATH) beside torch and pytest. By default it takes less than 8 minutes.
-#   STEPS          which of: tests expandable async soak memcheck racecheck bench tune; all but the sanitizer's
-#                  and tune if not said
+# Wants the package installed (or on PYTHONPATH) beside torch and pytest. By default it takes some 10 minutes.
+#   STEPS          which of: tests models expandable async soak memcheck racecheck bench truth loading tune; all but
+#                  the sanitizer's, loading and tune if not said
 #   SOAK_SECONDS   length of the random test (45)
 #   BENCH_SECONDS  the measurements take no longer (150)
 #   SANITIZER=1    adds compute-sanitizer over a reduced set (memcheck, racecheck)
@@ -18,7 +18,7 @@ out=${1:-$(mktemp -d)}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
-steps=${STEPS:-tests expandable async soak bench}
+steps=${STEPS:-tests models expandable async soak bench truth}
 [[ ${SANITIZER:-0} == 1 ]] && steps+=" memcheck racecheck"
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD/tests/python:$PWD/tests/python/gpu
 # NVLink multicast is not needed, and a program that ends badly while it uses it can harm the whole server.
@@ -61,7 +61,9 @@ echo "$gpus GPU(s)"
 ((gpus > 0)) || { echo 'no GPU that torch can use: nothing to run' >&2; exit 1; }
 mapfile -t devices < <(for ((i = 0; i < gpus; i++)); do echo "cuda:$i"; done)
 
-wants tests && step tests 360 "${pytest[@]}" -rf --durations=10 tests/python/gpu
+models=(tests/python/gpu/test_models_on_gpu.py tests/python/gpu/test_plans_on_gpu.py)
+wants tests && step tests 360 "${pytest[@]}" -rf --durations=10 "${models[@]/#/--ignore=}" tests/python/gpu
+wants models && step models 240 "${pytest[@]}" -rf --durations=10 "${models[@]}"
 wants expandable && with_allocator expandable expandable_segments:True
 wants async && with_allocator async backend:cudaMallocAsync
 soak=${SOAK_SECONDS:-45}
@@ -78,6 +80,8 @@ if wants bench; then
   bench=${BENCH_SECONDS:-150}
   LINES_SHOWN=200 step bench $((bench + 120)) "$python" -m benches.gpus --out "$out" --seconds "$bench" "${launch[@]}"
 fi
+wants truth && LINES_SHOWN=40 step truth 240 "$python" benches/plan_truth.py --quick --json "$out/truth.json"
+wants loading && LINES_SHOWN=12 step loading 240 "$python" benches/load_speed.py --json "$out/loading.json"
 wants tune && LINES_SHOWN=60 step tune 300 "$python" -m benches.gpus.tune --out "$out"
 
 echo

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ def load(
     gpu_split: Iterable[float] | None = None,
     devices: Iterable[object] | None = None,
     *,
-    context: int | None = None,
+    context: int | Literal["max"] | None = None,
     plan: Plan | SplitSource | None = None,
     dtype: torch.dtype | None = None,
     force: bool = False,
@@ -35,14 +35,17 @@ def load(
 ) -> Any:
     """Load a causal language model over several ranks of this process.
 
-    Every rank reads only its own part of the weights. Several threads may load at once.
+    Every rank reads only its own part of the weights, on CUDA devices straight to its device. Several threads
+    may load at once.
 
     Args:
         model: A checkpoint's folder, a GGUF file, or a transformers model on the CPU, which is copied and not
             changed.
         gpu_split: GiB that each rank may use. None takes what is free on each device.
-        devices: The device of every rank; several ranks may share one. This version runs on `"cpu"`.
-        context: Tokens a sequence, prompt and answer together. None for the plan's.
+        devices: The device of every rank: all on CUDA devices (`"cuda:0"`) or all `"cpu"`; several ranks may
+            share one. Left out, rank i is `cuda:i`, and one CPU rank where no GPU is.
+        context: Tokens a sequence, prompt and answer together; `"max"` for as many as fit, None for the
+            plan's.
         plan: What `tp_rs.plan` made for this model, instead of `gpu_split`; or
             `tp_rs.integrations.transformers.Splits`, for splits without a plan.
         dtype: The dtype of weights and activations: float32, bfloat16, float16 or float64. None for the
@@ -54,7 +57,10 @@ def load(
 
     Returns:
         A model of its own transformers class, without weights of its own. Its `generate` and what comes with
-        it is transformers'. Beside that it has `stream(prompt)`, which yields text; `plan`; `context`, the
+        it is transformers'. Prompts longer than the plan's chunk are computed in chunks, where the layers
+        allow it. On CUDA devices its work takes its place in the caller's current streams; it returns before
+        that work is done, as torch's operations do. An error in a step is raised to the caller, and the model
+        can be used again. Beside that it has `stream(prompt)`, which yields text; `plan`; `context`, the
         `TPContext` whose communicator the ranks use (None for splits without a plan); `context_limit`, the
         most tokens of a sequence; and `unload()`, which gives all memory back.
 

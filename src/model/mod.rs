@@ -1,5 +1,6 @@
 //! What a split must know of a model: [`ModelShape`] from configurations and headers, never from weights.
 
+mod activations;
 mod check;
 pub mod checkpoint;
 pub mod config;

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::{CutAlong, Dimensions, Mixer, Mlp, ModelShape, Role, Tensor};
+use super::{CutAlong, Dimensions, Mixer, Mlp, ModelShape, Role, Tensor, activations};
 use crate::error::{Error, Result};
-use crate::split::activations::{KEY_COPIES, MLP_COPIES, QUERY_COPIES, RESIDUAL_COPIES, communicator_bytes};
+use crate::split::activations::communicator_bytes;
 use crate::split::pinned;
 use crate::split::workload::{Axis, Basis, Block, Blocks, Cost, Workload, gcd, lcm};
 use crate::split::{ExpertSplit, Item, Options, PlannedModel};
@@ -16,20 +16,28 @@ const STATE_BYTES: u64 = 4;
 
 /// A model's costs, the parts that do not change with context and chunk summed once.
 pub(crate) struct Costs<'a> {
+    shape: &'a ModelShape,
     dimensions: &'a Dimensions,
     options: &'a Options,
     ranks: u64,
+    /// Whether ranks are on CUDA devices, whose activations were measured.
+    on_devices: bool,
     /// Axes and weights; cache and activations are filled in for each context.
     weights: Workload,
 }
 
 impl<'a> Costs<'a> {
-    /// The costs of `shape` over `ranks` ranks.
+    /// The costs of `shape` over `ranks` ranks, on CUDA devices or on host memory.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] where whole experts are asked of a model that has none, or different numbers of
     /// them in different layers.
-    pub(crate) fn new(shape: &'a ModelShape, options: &'a Options, ranks: usize) -> Result<Self> {
+    pub(crate) fn new(
+        shape: &'a ModelShape,
+        options: &'a Options,
+        ranks: usize,
+        on_devices: bool,
+    ) -> Result<Self> {
         let dimensions = &shape.dimensions;
         let experts = whole_experts(dimensions, options)?;
         let grids = Grids::of(&shape.tensors, experts.is_some());
@@ -54,20 +62,26 @@ impl<'a> Costs<'a> {
             costs: Vec::new(),
             activation_base: 0,
             activation_attention: 0,
+            activation_attention_alone: 0,
             activation_mlp: 0,
             communicator_bytes: 0,
+            activation_floor: 0,
             buffer_bytes: 0,
             pinned_bytes: 0,
         };
         weights.costs = weight_costs(shape, &weights);
-        Ok(Self { dimensions, options, ranks: ranks as u64, weights })
+        Ok(Self { shape, dimensions, options, ranks: ranks as u64, on_devices, weights })
     }
 
     /// The workload at `context` tokens a sequence, prefilled in chunks of `chunk` tokens.
     pub(crate) fn at(&self, context: u64, chunk: u64) -> Workload {
         let mut workload = self.weights.clone();
         self.add_cache(&mut workload, context);
-        self.add_activations(&mut workload, context, chunk);
+        if self.on_devices {
+            activations::on_devices(&mut workload, self.shape, self.options, context, chunk);
+        } else {
+            activations::on_host(&mut workload, self.dimensions, context, chunk);
+        }
         self.add_buffers(&mut workload, chunk);
         workload
     }
@@ -100,44 +114,6 @@ impl<'a> Costs<'a> {
         add(Basis::KvHeads, cache.bytes(per_head));
         add(Basis::AttentionRank, cache.bytes(whole));
         add(Basis::Rank, states.saturating_mul(STATE_BYTES));
-    }
-
-    fn add_activations(&self, workload: &mut Workload, context: u64, chunk: u64) {
-        let dimensions = self.dimensions;
-        let element = dimensions.element_bytes;
-        let row = chunk.saturating_mul(element);
-        let mut routed_rows = 0;
-        let mut whole_expert_bytes = 0;
-        for layer in &dimensions.layers {
-            let heads = match layer.mixer {
-                Mixer::Attention { query_heads, kv_heads, key_dim, value_dim, .. } => {
-                    QUERY_COPIES * query_heads * key_dim + KEY_COPIES * kv_heads * (key_dim + value_dim)
-                }
-                // The latent is expanded to a key and a value for every head.
-                Mixer::Latent { query_heads, .. } => (QUERY_COPIES + 2) * query_heads * dimensions.head_dim,
-                Mixer::Recurrent { .. } | Mixer::None => 0,
-            };
-            workload.activation_attention = workload.activation_attention.max(row.saturating_mul(heads));
-            let columns = match layer.mlp {
-                Mlp::Dense { width } => width,
-                Mlp::Experts { active, width, shared_width, .. } => {
-                    routed_rows = routed_rows.max(active);
-                    if workload.experts.is_some() {
-                        // Every token of a chunk may choose the same rank's experts.
-                        let all = row.saturating_mul(MLP_COPIES * (active * width + shared_width));
-                        whole_expert_bytes = whole_expert_bytes.max(all);
-                        0
-                    } else {
-                        active * width + shared_width
-                    }
-                }
-                Mlp::None => 0,
-            };
-            workload.activation_mlp = workload.activation_mlp.max(row.saturating_mul(MLP_COPIES * columns));
-        }
-        let mask = chunk.saturating_mul(context);
-        let residual = row.saturating_mul(dimensions.hidden * (RESIDUAL_COPIES + routed_rows));
-        workload.activation_base = residual.saturating_add(mask).saturating_add(whole_expert_bytes);
     }
 
     fn add_buffers(&self, workload: &mut Workload, chunk: u64) {

@@ -54,8 +54,11 @@ pub(super) fn budgets(ranks: Vec<(String, f64, Option<f64>)>) -> Vec<RankBudget>
     for (device, gib, speed) in ranks {
         let first = budgets.iter().all(|earlier| earlier.device != device);
         // The fields besides the framework's bytes are overwritten.
-        let budget =
-            if device.starts_with("cuda") && first { RankBudget::cuda(0, gib) } else { RankBudget::cpu(gib) };
+        let budget = match (device.starts_with("cuda"), first) {
+            (true, true) => RankBudget::cuda(0, gib),
+            (true, false) => RankBudget::sharing(&device, gib),
+            (false, _) => RankBudget::cpu(gib),
+        };
         budgets.push(RankBudget { device, speed, ..budget });
     }
     budgets

@@ -1,5 +1,23 @@
-//! The bytes that a run takes beside weights and cache: a documented formula with named constants.
+//! The bytes that a run takes beside weights and cache: documented formulas with named constants.
 //!
+//! # On CUDA devices
+//! What transformers' modules have alive at once, read from their code and measured (`benches/plan_truth.py`). For a
+//! chunk of `T` tokens of all sequences (`t` of each), a context of `L` tokens, `B` sequences, elements of `e` bytes, a
+//! residual stream of `h` columns, and per rank `q` query, `k` key and `v` value elements:
+//! - always: [`STREAM_COPIES`] × `T·h·e`, and one more for each expert that a token is sent to; `T·L` bytes of mask, and
+//!   another mask for layers with windows; [`ROTARY_COPIES`] × `T·e` a column of a head;
+//! - while attention runs, the largest of: queries, keys and values being rotated ([`ROTATED_COPIES`] of the query, or
+//!   of the keys); a norm of the queries in float32; and attention itself: [`ATTENTION_COPIES`] × `T·e` a query element,
+//!   keys and values of all `L` tokens repeated for every query head (where heads share keys), and those of a window
+//!   beside those of the chunk (`w + t` tokens instead of `L`). Beside it [`MASK_COPIES`] × `T·L·e`, the mask in numbers.
+//!   In float32, heads that share keys take [`SCORE_COPIES`] × `t·T` scores each, where the chunk is the first;
+//! - while the MLP runs: [`MLP_COPIES`] × `T·e` a column, [`FUSED_MLP_COPIES`] where gate and up are one tensor,
+//!   [`EXPERT_COPIES`] for each expert that a token is sent to;
+//! - between them: two rows of a norm in float32, or three rows for each expert that a token is sent to.
+//!
+//! And of all that one part in [`FRAGMENTS`] more, for gaps.
+//!
+//! # On host memory
 //! Counted for a chunk of `T` tokens, elements of `e` bytes and a residual stream of `h` columns:
 //! - always alive: [`RESIDUAL_COPIES`] × `T·h·e` (the residual stream, its normalised copy and the block's output)
 //!   and one mask byte for every token of the chunk and every cached token;
@@ -16,15 +34,47 @@ pub const RESIDUAL_COPIES: u64 = 3;
 pub const QUERY_COPIES: u64 = 3;
 /// Copies of a key or value element alive at once, beside the cache.
 pub const KEY_COPIES: u64 = 2;
-/// Copies of an intermediate element alive at once.
+/// Copies of an intermediate element alive at once: gate, up and their product.
 pub const MLP_COPIES: u64 = 3;
 
-/// Bytes that a CUDA process takes on a device before any tensor is made: the context, loaded kernels, the libraries'
-/// workspaces and the rounding of the allocator.
+/// Rows of the residual stream alive on a device: the embedding, a layer's input, its sum with the attention's output,
+/// and that normalised.
+pub const STREAM_COPIES: u64 = 4;
+/// Copies of an intermediate element where gate and up are computed as one tensor, which stays until both are used.
+pub const FUSED_MLP_COPIES: u64 = 4;
+/// Copies of an expert's intermediate element: gate and up as one tensor, and a copy of it without rows of others.
+pub const EXPERT_COPIES: u64 = 4;
+/// Copies of an element while it is rotated: itself, by the cosine, its halves exchanged, by the sine.
+pub const ROTATED_COPIES: u64 = 4;
+/// Copies of a query element while attention runs: the query and the output.
+pub const ATTENTION_COPIES: u64 = 2;
+/// Copies of the mask as numbers of the query's type: one, and one padded to whole vectors.
+pub const MASK_COPIES: u64 = 2;
+/// Copies of a score where there is no fused attention, and one byte beside them.
+pub const SCORE_COPIES: u64 = 3;
+/// Copies of a column of cosines and sines, with those in float32 that they are made from.
+pub const ROTARY_COPIES: u64 = 8;
+/// Bytes of a float32 number.
+pub const FLOAT_BYTES: u64 = 4;
+
+/// One part in so many of the activations on a device, which the allocator cannot hand out because it lies between
+/// tensors. In a replay of all that a prompt and some tokens allocate, through a model of torch's allocator with one
+/// block for activations, between a fiftieth and a sixth was needed beside the tensors (least where they are few and
+/// large).
+pub const FRAGMENTS: u64 = 7;
+
+/// Bytes that a CUDA process takes on a device whatever it runs: the context, loaded kernels, and what is sampled from.
 ///
-/// Measured on an H100 with torch 2.11 (driver of CUDA 13): 527 MiB for the context alone, 693 MiB once matrix products,
-/// attention and elementwise kernels had run.
-pub const CUDA_FRAMEWORK_BYTES: u64 = 704 << 20;
+/// Measured on an H100 with torch 2.11 (driver of CUDA 13): 619 MiB for the context with torch's own kernels, 771 to
+/// 777 MiB once matrix products, attention, elementwise kernels and the communicator's had run.
+pub const CUDA_CONTEXT_BYTES: u64 = 800 << 20;
+/// Bytes that each rank takes on its CUDA device beside its tensors: the workspace of the matrix products on its stream
+/// (32 MiB on an H100), small tensors, and what the allocator rounds up.
+pub const CUDA_RANK_BYTES: u64 = 64 << 20;
+/// Bytes that the context grows by for every further rank on a device (86 to 88 MiB on an H100).
+pub const CUDA_STREAM_BYTES: u64 = 88 << 20;
+/// Bytes of the framework for the first rank on a device.
+pub const CUDA_FRAMEWORK_BYTES: u64 = CUDA_CONTEXT_BYTES + CUDA_RANK_BYTES;
 
 /// Bytes of memory that a rank stages chunks of large messages through where a peer does not reach its device.
 pub const STAGING_BYTES: u64 = 4 << 20;

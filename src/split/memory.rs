@@ -74,12 +74,14 @@ pub(crate) fn phase_reads(workload: &Workload, holdings: &Holdings) -> [f64; 3] 
     reads
 }
 
-/// The largest set of intermediate results: what is always alive, and the larger of the attention and MLP phases,
-/// which are never alive together.
+/// The largest set of intermediate results: what is always alive, and the largest of the attention phase, the MLP
+/// phase and what is between them, which are never alive together.
 fn activations(workload: &Workload, holdings: &Holdings) -> u64 {
     let mlp_basis = if workload.experts.is_some() { Basis::Experts } else { Basis::Intermediate };
     let phase = |bytes: u64, basis: Basis| portion(bytes, holdings.count(basis), workload.total(basis));
+    let alone = phase(workload.activation_attention_alone, Basis::AttentionRank);
     workload.activation_base
-        + phase(workload.activation_attention, Basis::QueryHeads)
+        + (phase(workload.activation_attention, Basis::QueryHeads) + alone)
             .max(phase(workload.activation_mlp, mlp_basis))
+            .max(workload.activation_floor)
 }

@@ -38,6 +38,17 @@ impl RankBudget {
         }
     }
 
+    /// One more rank on a CUDA device: the context is counted with the first.
+    #[must_use]
+    pub fn sharing(device: &str, gib: f64) -> Self {
+        Self {
+            device: device.to_owned(),
+            gib,
+            speed: None,
+            framework_bytes: super::activations::CUDA_RANK_BYTES + super::activations::CUDA_STREAM_BYTES,
+        }
+    }
+
     /// A CPU rank with `gib` GiB of the host's memory.
     #[must_use]
     pub fn cpu(gib: f64) -> Self {

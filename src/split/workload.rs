@@ -128,10 +128,14 @@ pub struct Workload {
     pub activation_base: u64,
     /// More of them while attention runs, over all query heads.
     pub activation_attention: u64,
+    /// And on every rank with heads, however many.
+    pub activation_attention_alone: u64,
     /// More of them while the MLP runs, over all columns (or whole experts).
     pub activation_mlp: u64,
     /// Bytes of the communicator's own buffers for each rank on a CUDA device.
     pub communicator_bytes: u64,
+    /// What every rank has alive beside the first, at some time when neither runs.
+    pub activation_floor: u64,
     /// Bytes of each of the two buffers in host memory that gathered tensors go to.
     pub buffer_bytes: u64,
     /// Bytes of pinned host memory: both buffers, and what ranks stage messages through.

@@ -110,9 +110,9 @@ def test_json_says_everything_and_nothing_else_is_printed(folder: Path, model: A
 def test_bytes_of_the_ranks_are_counted_tensor_by_tensor(folder: Path, model: Any) -> None:
     done = invoke(folder, "--prompt", PROMPT, *RANKS, "--max-new-tokens", "12", "--json")
     ranks = json.loads(done.stdout)["ranks"]
-    # 16 tokens went through the model; 4 layers, keys and values of 8 floats a head. A rank without heads
-    # keeps one float for each, so that its cache knows how long it is.
-    assert [rank["cache_bytes"] for rank in ranks] == [16 * 4 * 2 * 4 * floats for floats in (2 * 8, 8, 1)]
+    # Room for 17 tokens, prompt and answer; 4 layers, keys and values of 8 floats a head. A rank without
+    # heads keeps one float for each, so that its cache knows how long it is.
+    assert [rank["cache_bytes"] for rank in ranks] == [17 * 4 * 2 * 4 * floats for floats in (2 * 8, 8, 1)]
     weights = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
     norms = sum(tensor.numel() * 4 for name, tensor in model.state_dict().items() if "norm" in name)
     held = sum(rank["weight_bytes"] for rank in ranks)
@@ -158,7 +158,7 @@ def test_bfloat16_is_held_in_half_the_bytes(folder: Path, model: Any) -> None:
         said = json.loads(done.stdout)
         weights.append([rank["planned_weight_bytes"] for rank in said["ranks"]])
         size = 4 if dtype == "float32" else 2
-        assert said["ranks"][0]["cache_bytes"] == 6 * 4 * 2 * (2 * 8) * size
+        assert said["ranks"][0]["cache_bytes"] == 7 * 4 * 2 * (2 * 8) * size
         assert said["plan"]["cache"] == ("fp32" if dtype == "float32" else "fp16")
     assert weights[0] == [2 * size for size in weights[1]]
     del model

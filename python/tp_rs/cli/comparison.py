@@ -50,6 +50,7 @@ def compare(
     options: dict[str, Any],
     tokens: list[int],
     logits: Sequence[torch.Tensor],
+    device: torch.device,
 ) -> Comparison:
     """Load the unsharded model with transformers alone, generate the same way, and compare.
 
@@ -62,6 +63,7 @@ def compare(
         options: What `generate` was given: greedy, with logits.
         tokens: The tokens over ranks.
         logits: Their logits, `[1, vocabulary]` a token.
+        device: Where the unsharded model runs.
 
     Raises:
         TPError: transformers cannot load it.
@@ -70,11 +72,12 @@ def compare(
     # Where transformers decodes a GGUF file it draws a bar, on a terminal or not.
     with redirect_stderr(StringIO()):
         try:
-            model = kind.from_pretrained(**place, **own_config, dtype=torch.float32).eval()
+            model = kind.from_pretrained(**place, **own_config, dtype=torch.float32).eval().to(device)
         except Exception as error:
             # Quantised weights may need packages or a GPU that ranks do without.
             message = f"--check: transformers cannot load the model unsharded: {error}"
             raise TPError(message) from error
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     result = model.generate(**inputs, **options)
     whole = result.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     # After a token that differs the two are asked different questions.

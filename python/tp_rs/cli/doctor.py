@@ -137,12 +137,9 @@ def _packages(
     if versions["gguf"] is None:
         notes.append(Finding("gguf is not installed: GGUF files cannot be run", "pip install gguf"))
     if versions["accelerate"] is None:
-        notes.append(
-            Finding(
-                "accelerate is not installed: `tp-rs run --check` needs it for GGUF files",
-                "pip install accelerate",
-            )
-        )
+        needed = "models cannot be loaded onto GPUs" if gpu else "`tp-rs run --check` needs it for GGUF files"
+        found = Finding(f"accelerate is not installed: {needed}", "pip install accelerate")
+        (problems if gpu else notes).append(found)
 
 
 def _version(package: str) -> str | None:

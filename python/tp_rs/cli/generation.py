@@ -60,6 +60,8 @@ class Generated:
     held: list[memory.Held]
     grown: int | None
     """Bytes by which the process grew at most, None where the system does not tell."""
+    on_devices: dict[str, int]
+    """Bytes that the process took on each CUDA device at most."""
     comparison: comparison.Comparison | None
 
 
@@ -92,6 +94,7 @@ def run(request: Request, write: Callable[[str], None] | None) -> Generated:
             recorder = _Recorder(tokenizer, write)
             if request.seed is not None:
                 torch.manual_seed(request.seed)
+            inputs = {name: value.to(front.device) for name, value in inputs.items()}
             result: Any = None
             try:
                 result = front.generate(**inputs, **options, streamer=recorder)
@@ -99,7 +102,8 @@ def run(request: Request, write: Callable[[str], None] | None) -> Generated:
                 recorder.end()
             held = memory.held(front, None if result is None else result.past_key_values)
             grown = growth.bytes()
-            kind, config = type(front).__mro__[1], front.config
+            on_devices = memory.on_devices(front)
+            kind, config, device = type(front).__mro__[1], front.config, front.device
         finally:
             front.unload()
         compared = None
@@ -113,6 +117,7 @@ def run(request: Request, write: Callable[[str], None] | None) -> Generated:
                 options=options,
                 tokens=recorder.tokens,
                 logits=result.logits,
+                device=device,
             )
     return Generated(
         text=recorder.text,
@@ -124,6 +129,7 @@ def run(request: Request, write: Callable[[str], None] | None) -> Generated:
         interrupted=result is None,
         held=held,
         grown=grown,
+        on_devices=on_devices,
         comparison=compared,
     )
 
@@ -204,9 +210,6 @@ def _options(request: Request, prompt_tokens: int, tokenizer: Any) -> dict[str, 
     }
     if request.temperature > 0:
         options["temperature"] = request.temperature
-    if prompt_tokens > plan.chunk:
-        # The plan's activations are those of one chunk.
-        options["prefill_chunk_size"] = plan.chunk
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if padding is not None:
         options["pad_token_id"] = padding

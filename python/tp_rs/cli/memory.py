@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Growth", "Held", "held"]
+__all__ = ["Growth", "Held", "held", "on_devices"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,19 @@ class Growth:
         return None if peak is None or self._before is None else max(0, peak - self._before)
 
 
+def on_devices(front: Any) -> dict[str, int]:
+    """What the process took on each CUDA device of a model at most: torch's allocator, and all besides.
+
+    On a device that other processes use, theirs is among it.
+    """
+    taken = {}
+    for device in {each for each in front.tp_rs_runner.devices if each.type == "cuda"}:
+        free, total = torch.cuda.mem_get_info(device)
+        besides = total - free - torch.cuda.memory_reserved(device)
+        taken[str(device)] = besides + torch.cuda.max_memory_reserved(device)
+    return dict(sorted(taken.items()))
+
+
 def _status(field: str) -> int | None:
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -88,5 +101,5 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for each in value:
             yield from _tensors(each)
-    elif type(value).__module__.startswith("transformers"):
+    elif type(value).__module__.startswith(("transformers", "tp_rs.")):
         yield from _tensors({key: each for key, each in vars(value).items() if not key.startswith("__")})

@@ -53,6 +53,7 @@ def as_dict(plan: Plan, done: Generated) -> dict[str, Any]:
             for rank, held in zip(plan.ranks, done.held, strict=True)
         ],
         "process_growth_bytes": done.grown,
+        "device_bytes": done.on_devices,
         "check": None
         if compared is None
         else {
@@ -112,7 +113,13 @@ def _memory(plan: Plan, done: Generated) -> list[str]:
         f"MiB of each rank's own tensors, counted one by one; the cache has {tokens} tokens in it, the plan "
         f"has room for {plan.context}"
     )
-    if done.grown is not None:
+    for device, taken in done.on_devices.items():
+        counted = sum(rank.total for rank in plan.ranks if rank.device == device)
+        lines += _wrapped(
+            f"{device}: {taken / _MIB:.1f} MiB in use at most, where the plan counts {counted / _MIB:.1f} "
+            "for its ranks (with what torch keeps for later, and what other processes have there)"
+        )
+    if done.grown is not None and not done.on_devices:
         total = sum(rank.total for rank in plan.ranks)
         lines += _wrapped(
             f"CPU ranks share one process: it grew by {done.grown / _MIB:.1f} MiB at most, where the plan "

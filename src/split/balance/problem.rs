@@ -30,6 +30,10 @@ pub(super) struct Attention {
     read: Vec<Vec<f64>>,
     /// Activations of one unit while attention runs.
     pub(super) activation: i64,
+    /// And of any number of them.
+    alone: i64,
+    /// The least activations of a rank that holds anything.
+    pub(super) floor: i64,
     /// Units of every rank, where the caller fixed them.
     pub(super) fixed: Option<Vec<usize>>,
     /// A lower bound of the bytes of each unit: the smallest of all bytes a unit.
@@ -51,8 +55,9 @@ impl Attention {
 
     /// Bytes of `x` units while attention runs, their activations included.
     pub(super) fn bytes_alive(&self, placed: usize, x: usize) -> i64 {
-        let alive = self.activation.saturating_mul(i64::try_from(x).unwrap_or(i64::MAX));
-        self.bytes(placed, x).saturating_add(alive)
+        let of_units = self.activation.saturating_mul(i64::try_from(x).unwrap_or(i64::MAX));
+        let alive = if x == 0 { 0 } else { of_units.saturating_add(self.alone) };
+        self.bytes(placed, x).saturating_add(alive.max(self.floor))
     }
 }
 
@@ -131,8 +136,10 @@ impl Problem {
             .map(|budget| {
                 let usable = if budget.gib > 0.0 { signed(budget.bytes().saturating_add(extra)) } else { -1 };
                 let beside: u64 = budget.beside(workload).iter().map(|(_, bytes)| bytes).sum();
-                let paid = signed(fixed_bytes.saturating_add(beside));
-                Rank { capacity: usable.saturating_sub(paid).max(-1), speed: budget.speed.unwrap_or(1.0) }
+                let capacity = usable.saturating_sub(signed(fixed_bytes.saturating_add(beside)));
+                // Without room for the least that there is, a rank holds nothing.
+                let capacity = if capacity < attention.floor { -1 } else { capacity };
+                Rank { capacity, speed: budget.speed.unwrap_or(1.0) }
             })
             .collect();
         let activation = portion(workload.activation_mlp, mlp_axis.step, mlp_axis.total);
@@ -248,6 +255,8 @@ fn attention(workload: &Workload, options: &Options, fixed: &FixedSteps) -> (Att
         bytes,
         read,
         activation: signed(activation),
+        alone: signed(workload.activation_attention_alone),
+        floor: signed(workload.activation_floor),
         fixed: fixed.kv_heads.as_ref().map(to_units),
         bytes_per_unit: if bytes_per_unit.is_finite() { bytes_per_unit } else { 0.0 },
     };

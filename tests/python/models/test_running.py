@@ -211,7 +211,7 @@ def test_refusals(model, front):
         load(model, plan=SPLITS, devices=["cpu"])
     with pytest.raises(InvalidInput, match="beside plan"):
         load(model, [1.0], plan=SPLITS)
-    with pytest.raises(InvalidInput, match="CPU ranks"):
+    with pytest.raises(InvalidInput, match="all ranks on the CPU or all on CUDA"):
         load(model, plan=SPLITS, devices=["cpu", "cpu", "cuda:0"])
     with pytest.raises(InvalidInput, match="on meta, wanted them on the CPU"):
         load(copy.deepcopy(model).to("meta"), plan=SPLITS)

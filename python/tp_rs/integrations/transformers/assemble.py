@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tp_rs._native import Communicator
 from tp_rs.errors import DoesNotFit
 from tp_rs.integrations.transformers.conversion import Conversion
@@ -19,7 +21,6 @@ from tp_rs.integrations.transformers.sources import Counter
 from tp_rs.integrations.transformers.wire import wire
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from tp_rs.integrations.transformers.checkpoint import Checkpoint
@@ -62,7 +63,7 @@ def assemble(
         layout: What the rules decided.
         devices: One a rank.
         communicator: What the ranks meet through, one of `devices`. None makes one.
-        one_router: Whether choices of experts come from rank 0. Left out, where devices differ in kind.
+        one_router: Whether choices of experts come from rank 0. Left out, where devices are not alike.
         progress: Told of the bytes read.
 
     Raises:
@@ -82,12 +83,12 @@ def assemble(
         if not out_of_memory(error):
             raise
         message = f"rank {rank}: {devices[rank]} ran out of memory while loading; give it a smaller share"
-        raise DoesNotFit(message) from error
+        raise DoesNotFit(message) from error.with_traceback(None)
     with ExitStack() as cleanup:
         ranks = Ranks(communicator or Communicator(devices, TIMEOUT))
         cleanup.callback(ranks.close)
         returns: Returns = {}
-        unlike = len({device.type for device in devices}) > 1 if one_router is None else one_router
+        unlike = len({_make_of(device) for device in devices}) > 1 if one_router is None else one_router
         for rank, model in enumerate(models):
             wire(model, layout, ranks.link(rank), returns, one_router=unlike)
         front = make_front(models, ranks, list(devices), layout.lead())
@@ -95,3 +96,8 @@ def assemble(
             front.generation_config = copy.deepcopy(checkpoint.generation)
         cleanup.pop_all()
     return front
+
+
+def _make_of(device: torch.device) -> str:
+    """What a device is, so that alike ones round alike."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache
 
 from tp_rs.errors import InvalidInput
+from tp_rs.integrations.transformers.roomy import Store, give_room
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tp_rs.integrations.transformers.execution import Ranks
 
 __all__ = ["RankedCache"]
 
 
 class RankedCache(Cache):
-    """What `generate` handles as one cache. It reads from the leading rank and changes all of them."""
+    """What `generate` handles as one cache. It reads from the leading rank and changes all of them.
 
-    def __init__(self, caches: list[Cache], lead: int) -> None:
+    Args:
+        caches: One a rank.
+        lead: The rank to read from.
+        ranks: Who changes them, where that has to be on streams of their own. None changes them here.
+    """
+
+    def __init__(self, caches: list[Cache], lead: int, ranks: Ranks | None = None) -> None:
         # Not Cache.__init__: the layers are the leading rank's.
         self.caches = caches
         self.lead = lead
+        self._ranks = ranks
         self.layer_class_to_replicate = getattr(caches[lead], "layer_class_to_replicate", None)
         self.offloading = False
 
     @classmethod
-    def of(cls, cache: Cache, ranks: int, lead: int) -> RankedCache:
+    def of(
+        cls, cache: Cache, count: int, lead: int, ranks: Ranks | None = None, room: int | None = None
+    ) -> RankedCache:
         """One copy a rank of a cache that holds nothing yet.
+
+        Args:
+            cache: The cache.
+            count: Ranks.
+            lead: The rank to read from.
+            ranks: As for the class.
+            room: Tokens that it will hold at most; None where that is not known.
 
         Raises:
             InvalidInput: It holds tokens, which belong to whole heads, or moves them to another device.
@@ -38,7 +60,7 @@ class RankedCache(Cache):
                 "past_key_values: got a cache with tokens in it, wanted an empty one or one from this model"
             )
             raise InvalidInput(message)
-        return cls([copy.deepcopy(cache) for _ in range(ranks)], lead)
+        return cls([give_room(copy.deepcopy(cache), room) for _ in range(count)], lead, ranks)
 
     @property
     def layers(self) -> list[Any]:  # type: ignore[override]  # transformers has a plain attribute here
@@ -50,7 +72,7 @@ class RankedCache(Cache):
         return len(self.caches[self.lead])
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in {"caches", "lead"}:
+        if name.startswith("__") or name in {"caches", "lead", "_ranks"}:
             raise AttributeError(name)
         return getattr(self.caches[self.lead], name)
 
@@ -59,41 +81,57 @@ class RankedCache(Cache):
         message = "a ranked cache is filled by its ranks; update one of its `caches`"
         raise InvalidInput(message)
 
-    # The ranks make their tensors in inference mode, and only there may these be changed.
+    def _each(self, change: Callable[..., None], *tensors: torch.Tensor) -> None:
+        if self._ranks is not None:
+            own = self._ranks.placed(tensors)
+            self._ranks.run(lambda link: change(self.caches[link.rank], *own[link.rank]))
+            return
+        # The ranks make their tensors in inference mode, and only there may these be changed.
+        with torch.inference_mode():
+            for cache in self.caches:
+                change(cache, *tensors)
 
-    @torch.inference_mode()
+    def __deepcopy__(self, memo: dict[int, Any]) -> RankedCache:
+        if self._ranks is None:
+            caches = copy.deepcopy(self.caches, memo)
+        else:
+            caches = self._ranks.run(lambda link: copy.deepcopy(self.caches[link.rank]))
+        return RankedCache(caches, self.lead, self._ranks)
+
+    def let_go(self) -> None:
+        """Free the memory; the cache holds nothing any more."""
+        layer: Any
+        for cache in self.caches:
+            for layer in cache.layers:
+                layer.__dict__ = {
+                    name: None if _is_memory(value) else value for name, value in vars(layer).items()
+                }
+                layer.is_initialized = False
+
     def reset(self) -> None:
         """Forget all tokens."""
-        each: Any
-        for each in self.caches:
-            each.reset()
+        self._each(lambda cache: cache.reset())
 
-    @torch.inference_mode()
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the sequences, for beam search."""
-        for cache in self.caches:
-            cache.reorder_cache(beam_idx)
+        self._each(lambda cache, own: cache.reorder_cache(own), beam_idx)
 
-    @torch.inference_mode()
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens."""
-        for cache in self.caches:
-            cache.crop(tokens_to_remove)
+        self._each(lambda cache: cache.crop(tokens_to_remove))
 
-    @torch.inference_mode()
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        for cache in self.caches:
-            cache.batch_repeat_interleave(repeats)
+        self._each(lambda cache: cache.batch_repeat_interleave(repeats))
 
-    @torch.inference_mode()
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some of the sequences."""
-        for cache in self.caches:
-            cache.batch_select_indices(indices)
+        self._each(lambda cache, own: cache.batch_select_indices(own), indices)
 
     def activate_past_recording(self) -> None:
         """Keep what a later `crop` may need."""
-        each: Any
-        for each in self.caches:
-            each.activate_past_recording()
+        self._each(lambda cache: cache.activate_past_recording())
+
+
+def _is_memory(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, Store))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tp_rs.integrations.transformers.layout import width
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tp_rs._native import Baton, Communicator
     from tp_rs.integrations.transformers.splits import Interval, Split
@@ -22,23 +22,61 @@ class Link:
 
     Every rank makes the same calls in the same order, from its own thread. The baton is laid down natively
     while a call waits, and taken again before it returns.
+
+    On CUDA devices a call is a kernel on the thread's current stream, and may be captured in a graph. Outside
+    of a capture the threads also meet on the host, before and after it. So no kernel waits on a device for a
+    rank that is not there yet: what that rank has to do until then may need the device to be idle (freeing
+    memory, loading a kernel), which it would never be.
+
+    Args:
+        rank: The rank.
+        communicator: What the ranks move tensors through.
+        baton: Whose turn it is in Python.
+        meeting: A communicator on host memory for the ranks' threads, where the other one is on devices.
     """
 
-    def __init__(self, rank: int, communicator: Communicator, baton: Baton) -> None:
+    def __init__(
+        self, rank: int, communicator: Communicator, baton: Baton, meeting: Communicator | None = None
+    ) -> None:
         self.rank = rank
         self.ranks = len(communicator.devices)
         self.baton = baton
         self.epoch = 0
         """Calls of the model that failed so far."""
+        self.barrier: Callable[[], None] = (meeting or communicator).rank(rank, baton=baton).barrier
+        self._communicator = communicator
+        self._meeting = meeting
         view = communicator.rank(rank, baton=baton)
-        self._all_reduce = view.all_reduce
-        self._all_gather = view.all_gather
-        self._gather = view.gather
-        self._broadcast = view.broadcast
-        self.barrier = view.barrier
+        self._all_reduce = self._in_step(view.all_reduce)
+        self._all_gather = self._in_step(view.all_gather)
+        self._gather = self._in_step(view.gather)
+        self._broadcast = self._in_step(view.broadcast)
+
+    def abort(self, reason: str) -> None:
+        """Stop all ranks, wherever they wait."""
+        self._communicator.abort(reason)
+        if self._meeting is not None:
+            self._meeting.abort(reason)
+
+    def _in_step(self, call: Callable[..., None]) -> Callable[..., None]:
+        if self._meeting is None or self.ranks == 1:
+            return call
+        capturing, meet = torch.cuda.is_current_stream_capturing, self.barrier
+
+        def run(*args: Any, **named: Any) -> None:
+            if capturing():
+                call(*args, **named)
+                return
+            meet()
+            call(*args, **named)
+            meet()
+
+        return run
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors, in the tensor's own memory where that is contiguous."""
+        if self.ranks == 1:
+            return tensor
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
         self._all_reduce(tensor)
@@ -46,18 +84,24 @@ class Link:
 
     def all_gather(self, part: torch.Tensor, split: Split) -> torch.Tensor:
         """All ranks' parts side by side, for every rank."""
+        if self.ranks == 1:
+            return part
         whole = part.new_empty(*part.shape[:-1], split[-1][2])
         self._all_gather(part.contiguous(), split, whole)
         return whole
 
     def gather(self, part: torch.Tensor, split: Split, root: int) -> torch.Tensor | None:
         """All ranks' parts side by side, for one rank."""
+        if self.ranks == 1:
+            return part
         whole = part.new_empty(*part.shape[:-1], split[-1][2]) if self.rank == root else None
         self._gather(part.contiguous(), split, whole, root=root)
         return whole
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> torch.Tensor:
         """The root's tensor. What the others pass only tells the shape."""
+        if self.ranks == 1:
+            return tensor
         own = tensor.contiguous() if self.rank == root else torch.empty_like(tensor).contiguous()
         self._broadcast(own, root)
         return own

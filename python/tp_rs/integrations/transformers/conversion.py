@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from tp_rs.integrations.transformers.layout import Cut, Layout
     from tp_rs.integrations.transformers.splits import Interval
+    from tp_rs.integrations.transformers.upload import Upload
 
 __all__ = ["Conversion"]
 
@@ -67,6 +68,7 @@ class _Path:
 class _Share:
     rank: int
     counter: Counter
+    upload: Upload | None
 
 
 class Conversion:
@@ -81,6 +83,8 @@ class Conversion:
         self._model = model
         self._sources = sources
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         mapping = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -109,22 +113,33 @@ class Conversion:
     def _meta(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
-    def state(self, layout: Layout, rank: int, counter: Counter) -> dict[str, Any]:
-        """What a rank's `from_pretrained` gets as its state dict."""
+    @property
+    def model(self) -> PreTrainedModel:
+        """The uncut skeleton."""
+        return self._model
+
+    def state(
+        self, layout: Layout, rank: int, counter: Counter, upload: Upload | None = None
+    ) -> dict[str, Any]:
+        """What a rank's `from_pretrained` gets as its state dict. With `upload`, what is read goes there."""
         state: dict[str, Any] = {}
         for name, keys in self._plain.items():
+            if self._tied.get(name) in self._plain:
+                # It is the other one, which is read; both would be in memory for a while.
+                continue
             cut = layout.cuts.get(name)
             for key in keys:
                 self._check(name, key)
                 cuts: dict[int, Sequence[Interval]] = {} if cut is None else {cut.dim: cut.ranks[rank]}
-                state[key] = Part(self._sources[key], cuts, counter)
-        share = _Share(rank, counter)
+                dtype = self._dtypes.get(name)
+                state[key] = Part(self._sources[key], cuts, counter, upload=upload, dtype=dtype)
+        share = _Share(rank, counter, upload)
         for group in self._groups.values():
             targets = self._targets(group.name, group.converter)
             cut = layout.cuts.get(group.name)
             if all(target not in layout.cuts for target in targets):
                 for keys in group.keys.values():
-                    state.update({key: Part(self._sources[key], {}, counter) for key in keys})
+                    state.update({key: Part(self._sources[key], {}, counter, upload=upload) for key in keys})
                 continue
             pushed = None
             if cut is not None and len(targets) == 1:
@@ -166,7 +181,8 @@ class Conversion:
             cuts: dict[int, Sequence[Interval]] = {path.dim: path.whole[pattern]}
             if path.chosen is not None:
                 keys, cuts = [keys[each] for start, end in path.chosen for each in range(start, end)], {}
-            state.update({key: Part(self._sources[key], cuts, share.counter) for key in keys})
+            for key in keys:
+                state[key] = Part(self._sources[key], cuts, share.counter, upload=share.upload)
         if not state:
             shape = list(self._shapes[group.name])
             shape[cut.dim] = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,15 @@ import torch
 from torch import nn
 from torch.utils import dlpack
 from transformers import AutoTokenizer, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils.generic import ModelOutput
 
 from tp_rs.errors import InvalidInput, TPError
 from tp_rs.integrations.transformers.cache import RankedCache
+from tp_rs.integrations.transformers.chunks import Chunks
+from tp_rs.integrations.transformers.reserve import reserve
 from tp_rs.integrations.transformers.stream import stream
+from tp_rs.integrations.transformers.streams import give_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,7 +71,12 @@ class _Runner:
         self.plan: Any = None
         self.context: TPContext | None = None
         self.limit: int | None = None
+        self.chunk: int | None = None
         self.tokenizer_source: dict[str, Any] | None = None
+        self._chunks: Chunks | None = None
+        self.reserved = True
+        """Whether the plan's memory is taken already, or is not to be."""
+        self._caches: weakref.WeakSet[RankedCache] = weakref.WeakSet()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Runner:
         message = "a model over ranks cannot be copied; load it again"
@@ -79,26 +88,41 @@ class _Runner:
                 "output_attentions: no rank has all heads; load the model unsharded to see attention weights"
             )
             raise InvalidInput(message)
-        self._check_length(args, kwargs)
-        caches = {name: self.spread(kwargs[name]) for name in _CACHES if isinstance(kwargs.get(name), Cache)}
-
-        models = self.models
         self.check_loaded()
+        self._check_length(args, kwargs)
+        spread = {name: self.spread(kwargs[name]) for name in _CACHES if isinstance(kwargs.get(name), Cache)}
+        if self._chunks is None:
+            model = self.models[self.lead]
+            kind: Any = type(model)
+            usual = kind._supports_default_dynamic_cache()  # noqa: SLF001  what generate asks
+            self._chunks = Chunks(kind.forward, model.config, self.chunk, usual=usual)
+        own = {**kwargs, **spread}
+        cache = spread.get("past_key_values")
+        if cache is None and self._chunks.needs_cache(args, own):
+            # Some models begin anew with a long prompt, and would make their own.
+            cache = self.spread(DynamicCache(config=self.models[self.lead].config.get_text_config()))
+            own["past_key_values"] = cache
+        return self._chunks.run(self._step, args, own, cache)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        models, ranks = self.models, self.ranks
+        caches = {name: kwargs[name] for name in _CACHES if isinstance(kwargs.get(name), RankedCache)}
+        # A state that is no cache holds nothing of single heads, so all ranks have the same. Some models
+        # write into it, so each rank needs its own.
+        states = {name: value for name, value in kwargs.items() if name in _STATES and name not in caches}
+        others = {name: value for name, value in kwargs.items() if name not in _STATES}
+        if not self.reserved:
+            reserve(ranks, self.plan, self.dtype)
+            self.reserved = True
+        placed = ranks.placed((args, others))
 
         def job(link: Link) -> Any:
-            device = self.devices[link.rank]
-            own = {
-                # A state that is no cache holds nothing of single heads, so all ranks have the same. Some
-                # models write into it, so each rank needs its own.
-                name: copy.deepcopy(value) if name in _STATES else _move(value, device)
-                for name, value in kwargs.items()
-                if name not in caches
-            }
+            own_args, own = placed[link.rank]
+            own = {**own, **copy.deepcopy(states)}
             own |= {name: cache.caches[link.rank] for name, cache in caches.items()}
-            return models[link.rank](*(_move(value, device) for value in args), **own)
+            return models[link.rank](*own_args, **own)
 
-        results = self.ranks.run(job)
-        return self._join(results, caches)
+        return self._join(ranks.run(job), caches)
 
     def _check_length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
@@ -136,27 +160,60 @@ class _Runner:
 
     def unload(self) -> None:
         self.ranks.close()
+        if self.on_gpus:
+            for model in self.models:
+                _let_go(model)
+            for cache in list(self._caches):
+                cache.let_go()
         self.models.clear()
         if self.context is not None:
             self.context.unload()
+        # Where a device has failed, its memory is lost until the process ends.
+        with suppress(RuntimeError):
+            give_back(self.devices, all_of_it=True)
 
-    def spread(self, cache: Cache) -> RankedCache:
+    @property
+    def on_gpus(self) -> bool:
+        return any(device.type == "cuda" for device in self.devices)
+
+    def spread(self, cache: Cache, room: int | None = None) -> RankedCache:
+        """A cache for all ranks, with room for so many tokens if it is a new one."""
         if isinstance(cache, RankedCache):
             return cache
-        return RankedCache.of(cache, len(self.models), self.lead)
+        limits = [each for each in (room, self.limit) if each is not None]
+        most = min(limits) if limits else None
+        return self._noted(RankedCache.of(cache, len(self.models), self.lead, self._changer(), most))
+
+    def _changer(self) -> Ranks | None:
+        """Who changes caches: on GPUs the ranks, each on its stream."""
+        return self.ranks if self.on_gpus else None
+
+    def _noted(self, cache: RankedCache) -> RankedCache:
+        self._caches.add(cache)
+        return cache
 
     def _join(self, results: list[Any], caches: dict[str, RankedCache]) -> Any:
         result = _ordinary(results[self.lead])
         for name in _CACHES:
             if isinstance(getattr(result, name, None), Cache):
                 given = caches.get(name)
-                result[name] = given or RankedCache([getattr(each, name) for each in results], self.lead)
+                own = [getattr(each, name) for each in results]
+                result[name] = given or self._noted(RankedCache(own, self.lead, self._changer()))
         return result
+
+
+def _let_go(model: PreTrainedModel) -> None:
+    """Free a model's memory even if somebody still holds its modules: the frames of an error do."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.new_empty(0)
 
 
 def _ordinary(value: Any) -> Any:
     """The same memory as tensors that may be changed in place: those of inference mode may not."""
     if isinstance(value, torch.Tensor):
+        if value.is_cuda:
+            # It was made on the rank's stream, and is read on the caller's.
+            value.record_stream(torch.cuda.current_stream(value.device))
         return dlpack.from_dlpack(value) if value.is_inference() else value
     if isinstance(value, ModelOutput):
         for name, each in value.items():
@@ -164,14 +221,6 @@ def _ordinary(value: Any) -> Any:
         return value
     if type(value) in {tuple, list}:
         return type(value)(_ordinary(each) for each in value)
-    return value
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _move(each, device) for name, each in value.items()}
     return value
 
 
@@ -198,7 +247,8 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:  # noqa: C901  one function f
         result = whole._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **named)  # noqa: SLF001  what generate calls
         for name in _CACHES:
             if isinstance(model_kwargs.get(name), Cache):
-                model_kwargs[name] = self.tp_rs_runner.spread(model_kwargs[name])
+                room = generation_config.max_length
+                model_kwargs[name] = self.tp_rs_runner.spread(model_kwargs[name], room)
         return result
 
     def missing(self: Any, name: str) -> Any:
@@ -213,6 +263,10 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:  # noqa: C901  one function f
         return False
 
     def parts(self: Any, implementation: Any) -> None:
+        chosen = implementation.values() if isinstance(implementation, dict) else [implementation]
+        if "batched_mm" in chosen and self.tp_rs_runner.on_gpus:
+            # For decoding it copies the weights of every expert that is chosen, which no plan has room for.
+            return
         for model in self.tp_rs_runner.models:
             model.set_experts_implementation(implementation)
 

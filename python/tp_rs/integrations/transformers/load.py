@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from transformers.utils.import_utils import is_accelerate_available
 
 from tp_rs._native import Plan
 from tp_rs.context import TPContext
@@ -17,6 +18,7 @@ from tp_rs.integrations.transformers.checkpoint import Checkpoint, open_checkpoi
 from tp_rs.integrations.transformers.layout import Guesses
 from tp_rs.integrations.transformers.room import require_room
 from tp_rs.integrations.transformers.rules import warn_of_whole
+from tp_rs.integrations.transformers.streams import give_back
 from tp_rs.integrations.transformers.verified import VERIFIED
 from tp_rs.plan import plan as make_plan
 
@@ -35,7 +37,7 @@ def load(
     gpu_split: Iterable[float] | None = None,
     devices: Iterable[object] | None = None,
     *,
-    context: int | None = None,
+    context: int | Literal["max"] | None = None,
     plan: SplitSource | None = None,
     dtype: torch.dtype | None = None,
     force: bool = False,
@@ -48,7 +50,7 @@ def load(
         model: A checkpoint's folder, a GGUF file, or a transformers model on the CPU.
         gpu_split: GiB that each rank may use.
         devices: The device of every rank.
-        context: Tokens a sequence.
+        context: Tokens a sequence, or "max" for as many as fit.
         plan: A plan made before, or `Splits`.
         dtype: The dtype of weights and activations.
         force: Load a plan that does not fit.
@@ -60,6 +62,7 @@ def load(
         DoesNotFit: The plan does not fit, or a device ran out of memory.
         ModelError: The model cannot be run over ranks; the message says why.
         FileNotFoundError: The path does not exist.
+        ImportError: A package is missing that ranks on GPUs need.
     """
     if dtype is not None and dtype not in _SUMMED:
         message = (
@@ -75,7 +78,14 @@ def load(
     # What is planned for; a model on the CPU is not kept.
     shape = model if isinstance(model, (str, PathLike)) else checkpoint.config
     if plan is None:
-        plan = make_plan(shape, gpu_split, context=context, devices=devices, weights=checkpoint.dtype)
+        plan = make_plan(
+            shape,
+            gpu_split,
+            context=context,
+            devices=devices,
+            weights=checkpoint.dtype,
+            cache="fp32" if checkpoint.dtype.itemsize > torch.float16.itemsize else "fp16",
+        )
     places = _places(plan, devices)
     guesses = Guesses.ALL
     unknown = checkpoint.config.get_text_config().model_type not in VERIFIED
@@ -93,6 +103,7 @@ def load(
     require_room(checkpoint, skeleton, layout, plan, force=force)
     warn_of_whole(layout)
     with ExitStack() as cleanup:
+        cleanup.callback(give_back, places)
         if owner is not None:
             owner.finalize()
             cleanup.callback(owner.unload)
@@ -105,20 +116,28 @@ def load(
             progress=progress,
         )
         cleanup.pop_all()
+    give_back(places)
     runner = front.tp_rs_runner
     runner.plan, runner.context = plan, owner
-    runner.limit = context or getattr(plan, "context", None)
+    planned: int | None = getattr(plan, "context", None)
+    runner.limit = context if isinstance(context, int) else planned
+    runner.chunk = getattr(plan, "chunk", None)
+    # Of a plan that does not fit, what is used may fit all the same.
+    runner.reserved = force
     runner.tokenizer_source = checkpoint.tokenizer
     return front
 
 
 def _check_context(checkpoint: Checkpoint, context: Any, plan: SplitSource | None) -> None:
-    if context is None:
+    if context is None or (context == "max" and plan is None):
         return
     most = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     whole = isinstance(context, int) and not isinstance(context, bool) and context >= 1
     if not whole or (isinstance(most, int) and context > most):
-        message = f"context: got {context!r}, wanted 1 to {most}, which {checkpoint.name} was made for"
+        message = (
+            f'context: got {context!r}, wanted 1 to {most}, which {checkpoint.name} was made for, or "max" '
+            "without a plan"
+        )
         raise InvalidInput(message)
     planned = getattr(plan, "context", None)
     if isinstance(planned, int) and context > planned:
@@ -137,12 +156,40 @@ def _places(plan: SplitSource, devices: Iterable[object] | None) -> list[torch.d
     if len(named) < count:
         message = f"devices: got {len(named)}, and the plan is for {count} ranks"
         raise InvalidInput(message)
-    places = [torch.device(name) for name in named]
-    others = sorted({str(place) for place in places if place.type != "cpu"})
-    if others:
-        message = f"devices: got {', '.join(others)}; this version runs models on CPU ranks"
+    places = [_place(name) for name in named]
+    kinds = {place.type for place in places}
+    if kinds == {"cpu"}:
+        return places
+    if kinds != {"cuda"}:
+        got = ", ".join(map(str, places))
+        message = (
+            f"devices: got {got}, wanted all ranks on the CPU or all on CUDA devices: ranks of different "
+            "kinds do not meet"
+        )
         raise InvalidInput(message)
+    _check_gpus(places)
     return places
+
+
+def _place(name: object) -> torch.device:
+    try:
+        place = torch.device("cuda", name) if isinstance(name, int) else torch.device(str(name))
+    except RuntimeError as error:
+        message = f'devices: got {name!r}, wanted "cpu" or "cuda:0", "cuda:1" and so on'
+        raise InvalidInput(message) from error
+    return torch.device("cuda", place.index or 0) if place.type == "cuda" else place
+
+
+def _check_gpus(places: list[torch.device]) -> None:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    missing = sorted({str(place) for place in places if (place.index or 0) >= count})
+    if missing:
+        seen = f"torch sees {count} of them" if count else "torch sees no GPU"
+        message = f'devices: got {", ".join(missing)}, and {seen}; wanted devices that are there, or "cpu"'
+        raise InvalidInput(message)
+    if not is_accelerate_available():
+        message = "ranks on GPUs need accelerate, which transformers loads with: pip install accelerate"
+        raise ImportError(message)
 
 
 def _check_splits(checkpoint: Checkpoint, plan: SplitSource) -> None:

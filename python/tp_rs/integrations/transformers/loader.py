@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from tp_rs.errors import ModelError
+from tp_rs.integrations.transformers.room import part_bytes
 from tp_rs.integrations.transformers.shrink import shrink
 from tp_rs.integrations.transformers.sources import Counter
+from tp_rs.integrations.transformers.upload import Upload
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,10 +54,14 @@ def load_rank(
 
     Raises:
         ModelError: Weights are missing or do not fit the configuration.
+        torch.OutOfMemoryError: The device has no room for them.
     """
-    state = conversion.state(layout, rank, counter or Counter())
+    upload = None
+    if device.type == "cuda":
+        upload = Upload(device, part_bytes(conversion.model, layout, rank))
+    state = conversion.state(layout, rank, counter or Counter(), upload)
     kind: Any = _cut_class(checkpoint.kind, layout, rank)
-    with _building, _quiet():
+    with _building, _quiet(), nullcontext() if upload is None else upload.at_home():
         try:
             model, report = kind.from_pretrained(
                 None,
@@ -70,6 +76,8 @@ def load_rank(
                 raise
             message = f"{checkpoint.name}: rank {rank} could not be loaded: {error}"
             raise ModelError(message) from error
+    if upload is not None:
+        upload.finish()
     _check(checkpoint, report)
     loaded: PreTrainedModel = model
     return loaded

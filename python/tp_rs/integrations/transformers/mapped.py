@@ -14,9 +14,10 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["MappedSource", "forget", "new_memory"]
+__all__ = ["MappedSource", "forget", "forget_view", "new_memory", "populate"]
 
 _MADV_DONTNEED = 4
+_MADV_POPULATE_READ = 22
 _LARGE = 1 << 20
 
 
@@ -30,6 +31,8 @@ class MappedSource:
         tensor: What safetensors gives.
         dtype: What the model computes in. Other dtypes are converted after reading.
     """
+
+    mapped = True
 
     def __init__(self, tensor: Any, dtype: torch.dtype) -> None:
         self._tensor = tensor
@@ -47,14 +50,17 @@ class MappedSource:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """A part of it."""
-        view: torch.Tensor = self._tensor[index]
+        view = self.view(index)
         if view.is_contiguous() and view.dtype == self._dtype:
             return view
         own = new_memory(view.shape, view.dtype).copy_(view)
-        if view.numel():
-            last = sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
-            forget(view.data_ptr(), (last + 1) * view.element_size())
+        forget_view(view)
         return own
+
+    def view(self, index: Any) -> torch.Tensor:
+        """A part of it as it lies in the file. Nobody may write to it."""
+        view: torch.Tensor = self._tensor[index]
+        return view
 
 
 def new_memory(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -75,15 +81,38 @@ def forget(start: int, size: int) -> None:
     Who reads them again gets them from the file, so the range must be mapped and nobody may have written
     to it. Does nothing where the system has no such call.
     """
-    advise = _advise()
     page = mmap.PAGESIZE
-    first, end = -(-start // page) * page, (start + size) // page * page
-    if advise is not None and first < end:
-        advise(first, end - first, _MADV_DONTNEED)
+    _advise(-(-start // page) * page, (start + size) // page * page, _MADV_DONTNEED)
+
+
+def forget_view(view: torch.Tensor) -> None:
+    """As `forget`, for the range of a view of a mapped file."""
+    forget(*_range(view))
+
+
+def populate(view: torch.Tensor) -> None:
+    """Read the pages of a mapped file that a view touches, in one go, where the system can."""
+    start, size = _range(view)
+    page = mmap.PAGESIZE
+    _advise(start // page * page, -(-(start + size) // page) * page, _MADV_POPULATE_READ)
+
+
+def _range(view: torch.Tensor) -> tuple[int, int]:
+    """Where a view begins, and the bytes to its last element."""
+    if not view.numel():
+        return 0, 0
+    last = sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
+    return view.data_ptr(), (last + 1) * view.element_size()
+
+
+def _advise(first: int, end: int, advice: int) -> None:
+    call = _madvise()
+    if call is not None and first < end:
+        call(first, end - first, advice)
 
 
 @cache
-def _advise() -> Any:
+def _madvise() -> Any:
     # The mmap module advises only on maps of its own, and these are safetensors' and numpy's.
     if sys.platform != "linux":
         return None

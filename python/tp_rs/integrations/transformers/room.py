@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 from tp_rs.errors import DoesNotFit
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
 
     from tp_rs.integrations.transformers.checkpoint import Checkpoint
     from tp_rs.integrations.transformers.layout import Layout
 
-__all__ = ["require_room", "weight_bytes"]
+__all__ = ["part_bytes", "require_room", "weight_bytes"]
 
 _log = logging.getLogger("tp_rs.transformers")
 
@@ -23,14 +25,17 @@ _NOTABLE = 1.01
 """Padding and buffers that only one side counts stay below this."""
 
 
-def weight_bytes(skeleton: PreTrainedModel, layout: Layout, rank: int) -> int:
-    """Bytes of a rank's parameters as they are held, shared ones once."""
-    total = 0
+def part_bytes(skeleton: PreTrainedModel, layout: Layout, rank: int) -> Iterator[int]:
+    """Bytes of each of a rank's parameters as they are held, shared ones once."""
     for name, parameter in skeleton.named_parameters():
         cut = layout.cuts.get(name)
         size = parameter.numel() * parameter.element_size()
-        total += size if cut is None else size // parameter.shape[cut.dim] * cut.size(rank)
-    return total
+        yield size if cut is None else size // parameter.shape[cut.dim] * cut.size(rank)
+
+
+def weight_bytes(skeleton: PreTrainedModel, layout: Layout, rank: int) -> int:
+    """Bytes of a rank's parameters as they are held, shared ones once."""
+    return sum(part_bytes(skeleton, layout, rank))
 
 
 def require_room(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -10,9 +11,10 @@ import torch
 from tp_rs.integrations.transformers.layout import width
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tp_rs.integrations.transformers.splits import Interval
+    from tp_rs.integrations.transformers.upload import Upload
 
 __all__ = ["Counter", "Part", "Source", "TensorSource", "dtype_name"]
 
@@ -65,7 +67,11 @@ class TensorSource:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """A copy: the caller's model must not change with this one, nor this one with it."""
-        return self._tensor.detach()[index].clone()
+        return self.view(index).clone()
+
+    def view(self, index: Any) -> torch.Tensor:
+        """A part of it in its own memory, which nobody may write to."""
+        return self._tensor.detach()[index]
 
 
 class Counter:
@@ -87,14 +93,30 @@ class Counter:
 
 
 class Part:
-    """A source cut along some dimensions; what a rank's loader sees instead of the whole."""
+    """A source cut along some dimensions; what a rank's loader sees instead of the whole.
+
+    Args:
+        source: The whole.
+        cuts: The intervals of each dimension that is cut.
+        counter: Told of what is read.
+        upload: Where the part goes. None leaves it in host memory.
+        dtype: What the model keeps the part as, just as it is read; None if it makes something else of it.
+    """
 
     def __init__(
-        self, source: Source, cuts: dict[int, Sequence[Interval]], counter: Counter | None = None
+        self,
+        source: Source,
+        cuts: dict[int, Sequence[Interval]],
+        counter: Counter | None = None,
+        *,
+        upload: Upload | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._source = source
         self._cuts = cuts
         self._counter = counter
+        self._upload = upload
+        self._dtype = dtype
 
     def get_shape(self) -> list[int]:
         """The shape after cutting."""
@@ -109,10 +131,48 @@ class Part:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """The part; loaders ask for all of it."""
-        tensor = self._read(tuple(sorted(self._cuts)), ())
-        if self._counter is not None:
-            self._counter.add(tensor.numel() * tensor.element_size())
+        if self._upload is None:
+            tensor = self._read(tuple(sorted(self._cuts)), ())
+            self._count(tensor)
+        else:
+            tensor = self._put(self._upload)
         return tensor if index is Ellipsis else tensor[index]
+
+    def _count(self, read: torch.Tensor) -> None:
+        if self._counter is not None:
+            self._counter.add(read.numel() * read.element_size())
+
+    def _put(self, upload: Upload) -> torch.Tensor:
+        """Read the part piece by piece to where it goes."""
+        # What lies in memory or in a mapped file is copied from there.
+        view = getattr(self._source, "view", None)
+        read = view or self._source.__getitem__
+        target: torch.Tensor | None = None
+        for source, place in self._pieces():
+            piece: torch.Tensor = read(source)
+            if target is None:
+                target = upload.room(self.get_shape(), piece.dtype, stays=piece.dtype == self._dtype)
+            upload.put(piece, target[place], mapped=getattr(self._source, "mapped", False))
+            self._count(piece)
+        if target is None:
+            nothing = read(tuple(slice(0, 0) for _ in self.get_shape()))
+            return upload.room(self.get_shape(), nothing.dtype, stays=False)
+        return upload.landed(target)
+
+    def _pieces(self) -> Iterator[tuple[Any, Any]]:
+        """What is read together: where it lies in the source, and in the part."""
+        choices: list[list[tuple[slice, slice]]] = []
+        if not self._source.get_shape():
+            yield ..., ...
+            return
+        for dim, size in enumerate(self._source.get_shape()):
+            start, pairs = 0, []
+            for first, last in self._cuts.get(dim, ((0, size),)):
+                pairs.append((slice(first, last), slice(start, start + last - first)))
+                start += last - first
+            choices.append(pairs)
+        for chosen in product(*choices):
+            yield tuple(pair[0] for pair in chosen), tuple(pair[1] for pair in chosen)
 
     def _read(self, dims: tuple[int, ...], chosen: tuple[tuple[int, Interval], ...]) -> torch.Tensor:
         if not dims:

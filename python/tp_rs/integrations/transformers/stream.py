@@ -37,6 +37,7 @@ def stream(model: Any, tokenizer: Any, prompt: str, **options: Any) -> Iterator[
     stopped = _Stopped()
     inputs = tokenizer(prompt, return_tensors="pt")
     inputs.pop("token_type_ids", None)
+    inputs = inputs.to(model.device)
     criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), stopped])
     failure: list[BaseException] = []
 
