@@ -1,7 +1,8 @@
 """Which architectures run over ranks: `python tests/python/models/table.py > docs/architectures.md`.
 
 Every causal language model of the installed transformers is built small with random weights and run whole and
-over ranks. With `--verified FILE` the types with a plan that agree are written where `load` looks them up.
+over ranks. With `--verified FILE` the types with a plan that agree are written where `load` looks them up,
+with `--captured FILE` those that also run in steps of fixed shapes.
 Names after the options limit the table to these types.
 """
 
@@ -22,7 +23,7 @@ from architectures import NOT_BUILT, built, everything, plan_of
 from transformers import PreTrainedModel
 
 from tp_rs.errors import ModelError
-from tp_rs.integrations.transformers import selfcheck
+from tp_rs.integrations.transformers import captured_check, captured_types, selfcheck
 from tp_rs.integrations.transformers.assemble import decide
 from tp_rs.integrations.transformers.checkpoint import open_checkpoint
 
@@ -123,11 +124,17 @@ def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--verified", metavar="FILE", type=Path)
+    parser.add_argument("--captured", metavar="FILE", type=Path)
     parser.add_argument("names", nargs="*")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    if options.captured is not None:
+        write_captured(
+            options.captured, [name for name in options.names or everything() if name not in NOT_BUILT]
+        )
+        return
     rows = []
     for name in options.names or everything():
         rows.append((name, plan_of(name), *row(name)))
@@ -145,6 +152,20 @@ def main():
             f"\nVERIFIED: frozenset[str] = frozenset(\n    {{\n{lines}    }}\n)\n",
             encoding="utf-8",
         )
+
+
+def write_captured(file, names):
+    """Write the types whose static steps give the whole model's logits, and whether attention may be ours."""
+    settled = {}
+    for name in names:
+        try:
+            settled[name] = captured_check.settle(built(name))
+        except ModelError as error:
+            settled[name] = str(error)
+        sys.stderr.write(f"{name} {settled[name]}\n")
+    lines = "".join(f'    "{name}": {own},\n' for name, own in settled.items() if isinstance(own, bool))
+    head = (captured_types.__doc__ or "").rstrip("\n")
+    file.write_text(f'"""{head}\n"""\n\nCAPTURED: dict[str, bool] = {{\n{lines}}}\n', encoding="utf-8")
 
 
 def counts(rows):

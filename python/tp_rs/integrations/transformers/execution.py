@@ -116,6 +116,11 @@ class Ranks:
         return [on[device] for device in self.devices]
 
     @property
+    def communicator(self) -> Communicator:
+        """What the ranks meet through at present: a failed call on CUDA devices puts another in its place."""
+        return self._communicator
+
+    @property
     def streams(self) -> list[torch.cuda.Stream]:
         """The stream of every rank; none on host memory."""
         return [lane.stream for lane in self._lanes]

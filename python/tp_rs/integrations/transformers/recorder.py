@@ -1,0 +1,256 @@
+"""How a step of all ranks is recorded and run again: as CUDA graphs, or by calling it again."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from tp_rs.errors import TPError
+from tp_rs.integrations.transformers.streams import turn
+
+if TYPE_CHECKING:
+    from tp_rs.integrations.transformers.communication import Link
+    from tp_rs.integrations.transformers.execution import Ranks
+
+__all__ = ["CudaRecorder", "PlainRecorder", "Recorder", "Replay"]
+
+Work = Callable[[int], None]
+"""What a rank does, given its number: on memory that stays, allocating nothing that outlives it."""
+
+Replay = Callable[[], None]
+"""Runs recorded work again."""
+
+_WARM = 2
+"""Runs before a capture: libraries allocate on the first, and kernels are compiled."""
+
+_capturing = threading.Lock()
+"""Held while any model of the process captures: an allocation elsewhere may end a capture."""
+
+
+class _Graphs:
+    """The graphs of every rank, and the streams that they are launched on."""
+
+    def __init__(
+        self,
+        ranks: list[tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]],
+        devices: list[torch.device],
+    ) -> None:
+        self.ranks = ranks
+        self.devices = devices
+
+    def __call__(self) -> None:
+        with turn(self.devices):
+            for stream, graph in self.ranks:
+                torch.cuda.set_stream(stream)
+                graph.replay()
+
+
+class Recorder(Protocol):
+    """Records work of all ranks."""
+
+    def record(self, work: Work, rehearse: Work, generator: torch.Generator | None) -> Replay:
+        """Work that is run again by calling what this returns. It may be rehearsed now."""
+
+    def run(self, work: Work) -> None:
+        """Run work once on every rank."""
+
+    def link(self, rank: int) -> Link:
+        """A rank's end of the communicator."""
+
+    def stream(self, rank: int) -> torch.cuda.Stream | None:
+        """What the rank's work is launched on."""
+
+    def enter(self) -> None:
+        """Let the ranks see what the caller has done."""
+
+    def leave(self) -> None:
+        """Let the caller see what the ranks have done."""
+
+    def stale(self) -> bool:
+        """Whether a call failed since, after which records are void."""
+
+    def check(self) -> None:
+        """Raise what has failed in work that was run again."""
+
+    def close(self) -> None:
+        """Forget all records."""
+
+
+class PlainRecorder:
+    """Runs work anew each time: what ranks on the CPU do.
+
+    Args:
+        ranks: The ranks' threads.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def run(self, work: Work) -> None:
+        """Run work once on every rank."""
+        self._ranks.run(lambda link: work(link.rank))
+
+    def record(self, work: Work, _rehearse: Work, _generator: torch.Generator | None) -> Replay:
+        """Nothing is recorded; the work is called again."""
+        return lambda: self.run(work)
+
+    def link(self, rank: int) -> Link:
+        """A rank's end of the communicator."""
+        return self._ranks.link(rank)
+
+    def stream(self, _rank: int) -> torch.cuda.Stream | None:
+        """None: there are no streams."""
+        return None
+
+    def enter(self) -> None:
+        """Nothing to do: calls return when all is done."""
+
+    def leave(self) -> None:
+        """Nothing to do."""
+
+    def stale(self) -> bool:
+        """Never: the work is called anew."""
+        return False
+
+    def check(self) -> None:
+        """Nothing to do: calls raise."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class CudaRecorder:
+    """A CUDA graph a rank, captured by the rank's thread and replayed by the caller's.
+
+    A rank's graphs share a pool of memory: they run one after the other on the rank's stream, and what they
+    leave behind lies in memory of its own.
+
+    Args:
+        ranks: The ranks' threads, whose devices all are CUDA devices.
+        lead: The rank that draws random numbers.
+    """
+
+    def __init__(self, ranks: Ranks, lead: int) -> None:
+        self._ranks = ranks
+        self._lead = lead
+        self._streams = ranks.streams
+        self._devices = list(dict.fromkeys(stream.device for stream in self._streams))
+        self._pools = [torch.cuda.graph_pool_handle() for _ in self._streams]
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._callers: list[torch.cuda.Stream] = []
+        self._epoch = ranks.link(0).epoch
+
+    def run(self, work: Work) -> None:
+        """Run work once on every rank, each on its stream."""
+        self._ranks.run(lambda link: work(link.rank))
+
+    def record(self, work: Work, rehearse: Work, generator: torch.Generator | None) -> Replay:
+        """Rehearse the work, and capture it.
+
+        Args:
+            work: What the ranks do.
+            rehearse: The same, for libraries to allocate and kernels to be compiled and loaded.
+            generator: Random numbers that the leading rank draws; every replay draws the next ones.
+        """
+        with _capturing:
+            for _ in range(_WARM):
+                self.run(rehearse)
+            for device in self._devices:
+                torch.cuda.synchronize(device)
+            # What the rehearsal took is taken again from the graphs' own pool.
+            torch.cuda.empty_cache()
+            collects = gc.isenabled()
+            # What is collected during a capture may free memory, which ends it.
+            gc.disable()
+            try:
+                graphs = [self._capture(rank, work, generator) for rank in range(len(self._streams))]
+            except BaseException:
+                # A pool that a capture failed in takes no others.
+                self._pools = [torch.cuda.graph_pool_handle() for _ in self._streams]
+                raise
+            finally:
+                if collects:
+                    gc.enable()
+        self._graphs += graphs
+        ranks = list(zip(self._streams, graphs, strict=True))
+        return _Graphs(ranks, self._devices)
+
+    def _capture(self, rank: int, work: Work, generator: torch.Generator | None) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        if generator is not None and rank == self._lead:
+            graph.register_generator_state(generator)
+
+        def capture() -> None:
+            graph.capture_begin(pool=self._pools[rank], capture_error_mode="thread_local")
+            try:
+                work(rank)
+            finally:
+                graph.capture_end()
+
+        # One rank after the other. Collectives only add a kernel to the graph, so nobody waits for anybody.
+        self._ranks.run(lambda link: capture() if link.rank == rank else None)
+        return graph
+
+    def link(self, rank: int) -> Link:
+        """A rank's end of the communicator."""
+        return self._ranks.link(rank)
+
+    def stream(self, rank: int) -> torch.cuda.Stream | None:
+        """What the rank's work is launched on."""
+        return self._streams[rank]
+
+    def enter(self) -> None:
+        """The ranks' streams wait for the caller's, which replays change until `leave`."""
+        own = torch.cuda.current_stream()
+        others = [torch.cuda.current_stream(device) for device in self._devices]
+        self._callers = [*others, own]
+        for stream in self._streams:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+
+    def leave(self) -> None:
+        """The caller's streams are current again, and wait for the ranks'."""
+        for caller in self._callers:
+            torch.cuda.set_stream(caller)
+        self._callers = []
+        for stream in self._streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+    def stale(self) -> bool:
+        """Whether the communicator that the graphs use was stopped."""
+        return self._ranks.link(0).epoch != self._epoch
+
+    def check(self) -> None:
+        """Raise if a rank did not come to a collective, or if the graphs' communicator was replaced.
+
+        Raises:
+            TPError: What was computed since is worth nothing. The next generation records anew.
+        """
+        if self.stale():
+            message = (
+                "a call of the model in another thread failed, and this generation with it; start it again"
+            )
+            raise TPError(message)
+        try:
+            self._ranks.communicator.check()
+        except TPError as error:
+            failure = error
+
+            def fails(_link: Link) -> None:
+                raise failure
+
+            # A call that fails puts a new communicator in the place of the stopped one.
+            self._ranks.run(fails)
+
+    def close(self) -> None:
+        """Free the graphs and what they hold."""
+        for stream in self._streams:
+            stream.synchronize()
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
+        self._pools = [torch.cuda.graph_pool_handle() for _ in self._streams]
+        self._epoch = self._ranks.link(0).epoch
