@@ -32,6 +32,9 @@ def load(
     force: bool = False,
     check: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
+    capture: bool | None = None,
+    warmup: Iterable[int] = (),
+    compile: bool = False,  # noqa: A002  torch's word for it
 ) -> Any:
     """Load a causal language model over several ranks of this process.
 
@@ -54,13 +57,19 @@ def load(
         check: Whether to compare a small random model of the type, over ranks and whole, first. None does so
             for types that are not known to work.
         progress: Called with a rank and the bytes that it has read so far, from the threads that read.
+        capture: Whether greedy and sampled generations run in steps of fixed shapes, recorded as CUDA graphs.
+            None does so where all ranks are on CUDA devices. On CPU ranks the same steps run unrecorded.
+        warmup: Numbers of sequences, 1 to 8, whose steps are recorded now and not at the first generation.
+        compile: Whether torch.compile fuses what lies between the matrix products of recorded steps. It takes
+            up to a minute once and needs Triton.
 
     Returns:
         A model of its own transformers class, without weights of its own. Its `generate` and what comes with
         it is transformers'. Prompts longer than the plan's chunk are computed in chunks, where the layers
         allow it. On CUDA devices its work takes its place in the caller's current streams; it returns before
         that work is done, as torch's operations do. An error in a step is raised to the caller, and the model
-        can be used again. Beside that it has `stream(prompt)`, which yields text; `plan`; `context`, the
+        can be used again. Beside that it has `generate_fast(ids)`, a loop of its own with sampling on the
+        device; `stream(prompt)`, which yields text; `plan`; `context`, the
         `TPContext` whose communicator the ranks use (None for splits without a plan); `context_limit`, the
         most tokens of a sequence; and `unload()`, which gives all memory back.
 
@@ -85,6 +94,9 @@ def load(
         force=force,
         check=check,
         progress=progress,
+        capture=capture,
+        warmup=warmup,
+        compile=compile,
     )
 
 

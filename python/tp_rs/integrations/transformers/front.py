@@ -17,7 +17,11 @@ from transformers.utils.generic import ModelOutput
 
 from tp_rs.errors import InvalidInput, TPError
 from tp_rs.integrations.transformers.cache import RankedCache
+from tp_rs.integrations.transformers.capture import Capture
+from tp_rs.integrations.transformers.captured_cache import CapturedCache
 from tp_rs.integrations.transformers.chunks import Chunks
+from tp_rs.integrations.transformers.fast import generate_fast
+from tp_rs.integrations.transformers.request import FAST
 from tp_rs.integrations.transformers.reserve import reserve
 from tp_rs.integrations.transformers.stream import stream
 from tp_rs.integrations.transformers.streams import give_back
@@ -73,6 +77,7 @@ class _Runner:
         self.limit: int | None = None
         self.chunk: int | None = None
         self.tokenizer_source: dict[str, Any] | None = None
+        self.capture = Capture(models, ranks, devices, lead)
         self._chunks: Chunks | None = None
         self.reserved = True
         """Whether the plan's memory is taken already, or is not to be."""
@@ -90,6 +95,11 @@ class _Runner:
             raise InvalidInput(message)
         self.check_loaded()
         self._check_length(args, kwargs)
+        held = kwargs.get("past_key_values")
+        if isinstance(held, CapturedCache):
+            return self._run_captured(held, args, kwargs)
+        if self.capture.make_way():
+            self._reserved = False
         spread = {name: self.spread(kwargs[name]) for name in _CACHES if isinstance(kwargs.get(name), Cache)}
         if self._chunks is None:
             model = self.models[self.lead]
@@ -124,6 +134,23 @@ class _Runner:
 
         return self._join(ranks.run(job), caches)
 
+    def _run_captured(self, cache: CapturedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if cache.eager is None:
+            result = None
+            try:
+                result = cache.forward(args, kwargs)
+            except torch.OutOfMemoryError as error:
+                if cache.columns:
+                    raise
+                self.capture.refuse(f"out of memory: {error}")
+            if result is not None:
+                return result
+            cache.eager = self.spread(DynamicCache(config=self.models[self.lead].config))
+        result = self.run(args, {**kwargs, "past_key_values": cache.eager})
+        cache.columns = int(cache.eager.get_seq_length())
+        result["past_key_values"] = cache
+        return result
+
     def _check_length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
@@ -144,8 +171,12 @@ class _Runner:
 
     def check_room(self, generation: Any) -> None:
         """Refuse a generation that could run into the limit, before it has cost anything."""
-        most = generation.max_length
-        if self.limit is not None and isinstance(most, int) and most > self.limit:
+        if isinstance(generation.max_length, int):
+            self.check_tokens(generation.max_length)
+
+    def check_tokens(self, most: int) -> None:
+        """Refuse a sequence of so many tokens if the model was not loaded for it."""
+        if self.limit is not None and most > self.limit:
             message = (
                 f"max_new_tokens: with it the sequence may get {most} tokens, and the model was loaded for "
                 f"{self.limit}; ask for {most - self.limit} fewer, or load with a larger context"
@@ -159,6 +190,7 @@ class _Runner:
             raise TPError(message)
 
     def unload(self) -> None:
+        self.capture.unload()
         self.ranks.close()
         if self.on_gpus:
             for model in self.models:
@@ -243,13 +275,58 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:  # noqa: C901  one function f
                 "spread over ranks. Use 'dynamic' or 'static'"
             )
             raise InvalidInput(message)
-        self.tp_rs_runner.check_room(generation_config)
+        runner = self.tp_rs_runner
+        runner.check_room(generation_config)
+        if args and not any(isinstance(model_kwargs.get(name), Cache) for name in _CACHES):
+            cache = runner.capture.cache_for(generation_config, args[0], args[1], model_kwargs)
+            if cache is not None:
+                model_kwargs["past_key_values"] = cache
+                return None
         result = whole._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **named)  # noqa: SLF001  what generate calls
         for name in _CACHES:
             if isinstance(model_kwargs.get(name), Cache):
                 room = generation_config.max_length
                 model_kwargs[name] = self.tp_rs_runner.spread(model_kwargs[name], room)
         return result
+
+    generate_whole: Callable[..., Any] = whole.generate
+
+    @functools.wraps(generate_whole)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.tp_rs_runner.check_loaded()
+        with self.tp_rs_runner.capture.generation():
+            return generate_whole(self, *args, **kwargs)
+
+    def fast(
+        self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
+        """Generate as `generate` does, in a loop that keeps the devices busy.
+
+        Tokens are chosen on the device; between two of them the host only launches and reads. Options left
+        out are those of `generation_config`, as for `generate`, which runs where steps are not captured.
+
+        Args:
+            self: The model.
+            input_ids: (sequences, tokens), 8 sequences at most, padded on the left.
+            attention_mask: (sequences, tokens), 0 for padding.
+            options: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `repetition_penalty`,
+                `seed`, `eos_token_id`, `pad_token_id`; `stop_strings` with `tokenizer`; `streamer`.
+
+        Returns:
+            (sequences, tokens and new tokens), as `generate` returns it.
+
+        Raises:
+            InvalidInput: An argument cannot be used; the message names it.
+        """
+        unknown = set(options) - FAST - {"tokenizer", "streamer", "stopped"}
+        if unknown:
+            message = (
+                f"generate_fast: got {', '.join(sorted(unknown))}, wanted some of {', '.join(sorted(FAST))}; "
+                "generate() takes the others"
+            )
+            raise InvalidInput(message)
+        named = {name: options.pop(name, None) for name in ("seed", "stop_strings", "tokenizer")}
+        return generate_fast(self, input_ids, attention_mask, **named, **options)
 
     def missing(self: Any, name: str) -> Any:
         # Preparing inputs may look at a body or a head; the leading rank's has the same attributes.
@@ -288,6 +365,8 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:  # noqa: C901  one function f
         {
             "__module__": kind.__module__,
             "forward": run,
+            "generate": generate,
+            "generate_fast": fast,
             "_prepare_cache_for_generation": prepare,
             "__getattr__": missing,
             "_valid_auto_compile_criteria": compiled,

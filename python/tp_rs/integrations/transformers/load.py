@@ -14,6 +14,8 @@ from tp_rs.context import TPContext
 from tp_rs.errors import InvalidInput
 from tp_rs.integrations.transformers import selfcheck
 from tp_rs.integrations.transformers.assemble import TIMEOUT, Progress, assemble, decide
+from tp_rs.integrations.transformers.capture import checked_batches
+from tp_rs.integrations.transformers.captured import Room
 from tp_rs.integrations.transformers.checkpoint import Checkpoint, open_checkpoint
 from tp_rs.integrations.transformers.layout import Guesses
 from tp_rs.integrations.transformers.room import require_room
@@ -25,6 +27,7 @@ from tp_rs.plan import plan as make_plan
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from tp_rs.integrations.transformers.capture import Capture
     from tp_rs.integrations.transformers.splits import Split, SplitSource
 
 __all__ = ["load"]
@@ -43,6 +46,9 @@ def load(
     force: bool = False,
     check: bool | None = None,
     progress: Progress | None = None,
+    capture: bool | None = None,
+    warmup: Iterable[int] = (),
+    compile: bool = False,  # noqa: A002  torch's word for it
 ) -> Any:
     """Load a causal language model over several ranks; `tp_rs.load` says more.
 
@@ -56,6 +62,9 @@ def load(
         force: Load a plan that does not fit.
         check: Try the type on a small random model first.
         progress: Told of every rank's bytes as they are read.
+        capture: Whether generations run in captured steps.
+        warmup: Numbers of sequences whose steps are captured now.
+        compile: Whether captured steps are compiled.
 
     Raises:
         InvalidInput: An argument cannot be used, or the plan was made for another model.
@@ -72,6 +81,7 @@ def load(
     if plan is not None and gpu_split is not None:
         message = "gpu_split: got it beside plan, wanted one of them"
         raise InvalidInput(message)
+    batches = checked_batches(warmup)
     devices = None if devices is None else list(devices)
     checkpoint = open_checkpoint(model, dtype)
     _check_context(checkpoint, context, plan)
@@ -125,7 +135,31 @@ def load(
     # Of a plan that does not fit, what is used may fit all the same.
     runner.reserved = force
     runner.tokenizer_source = checkpoint.tokenizer
+    _prepare(runner.capture, plan, runner.limit, capture=capture, compile=compile)
+    try:
+        runner.capture.warm(batches, runner.limit)
+    except BaseException:
+        front.unload()
+        raise
     return front
+
+
+def _prepare(
+    captured: Capture,
+    plan: SplitSource,
+    limit: int | None,
+    *,
+    capture: bool | None,
+    compile: bool,  # noqa: A002  as in `load`
+) -> None:
+    if capture is not None:
+        captured.wanted = capture
+    captured.compiled = compile
+    captured.plan = plan
+    captured.room = Room(
+        tokens=(limit or 0) * int(getattr(plan, "batch", None) or 1),
+        chunk=int(getattr(plan, "chunk", None) or Room().chunk),
+    )
 
 
 def _check_context(checkpoint: Checkpoint, context: Any, plan: SplitSource | None) -> None:

@@ -5,23 +5,15 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+from tp_rs.integrations.transformers.fast import Asked
+from tp_rs.integrations.transformers.request import FAST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["stream"]
-
-
-class _Stopped(StoppingCriteria):
-    """Ends a generation whose reader has gone."""
-
-    def __init__(self) -> None:
-        self.asked = threading.Event()
-
-    def __call__(self, input_ids: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.asked.is_set(), device=input_ids.device)
 
 
 def stream(model: Any, tokenizer: Any, prompt: str, **options: Any) -> Iterator[str]:
@@ -31,19 +23,29 @@ def stream(model: Any, tokenizer: Any, prompt: str, **options: Any) -> Iterator[
         model: The model.
         tokenizer: Its tokenizer.
         prompt: The text to go on from.
-        options: What `generate` takes.
+        options: What `generate` takes, and `seed`.
     """
     pieces: Any = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stopped = _Stopped()
+    asked = threading.Event()
     inputs = tokenizer(prompt, return_tensors="pt")
     inputs.pop("token_type_ids", None)
     inputs = inputs.to(model.device)
-    criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), stopped])
     failure: list[BaseException] = []
 
     def work() -> None:
         try:
-            model.generate(**inputs, **options, streamer=pieces, stopping_criteria=criteria)
+            if set(options) <= FAST:
+                model.generate_fast(
+                    **inputs, **options, tokenizer=tokenizer, streamer=pieces, stopped=asked.is_set
+                )
+            else:
+                criteria = [*options.pop("stopping_criteria", []), Asked(asked.is_set)]
+                own = {"tokenizer": tokenizer} if options.get("stop_strings") else {}
+                model.generate(
+                    **{**inputs, **own, **options},
+                    streamer=pieces,
+                    stopping_criteria=StoppingCriteriaList(criteria),
+                )
         except BaseException as error:  # noqa: BLE001  raised where the pieces are read
             failure.append(error)
             pieces.end()
@@ -53,7 +55,7 @@ def stream(model: Any, tokenizer: Any, prompt: str, **options: Any) -> Iterator[
     try:
         yield from pieces
     finally:
-        stopped.asked.set()
+        asked.set()
         thread.join()
     if failure:
         raise failure[0]

@@ -1,0 +1,246 @@
+"""The loop of our own: transformers' tokens, its distributions, and its ends; on CPU ranks."""
+
+import random
+
+import pytest
+import torch
+from architectures import small
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tp_rs.errors import InvalidInput
+from tp_rs.integrations.transformers import Splits, load, selfcheck
+from tp_rs.integrations.transformers.captured import Captured
+from tp_rs.integrations.transformers.sampling import Chooser, Sampling
+from tp_rs.integrations.transformers.twin import make_twin
+
+SPLITS = Splits.of(kv=[2, 1, 0], intermediate=[24, 16, 24], vocabulary=[60, 0, 37], groups=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_twin(small("gemma2"), seed=torch.seed() % 1000)
+
+
+@pytest.fixture(scope="module")
+def front(model):
+    front = load(model, plan=SPLITS, check=False, capture=True)
+    yield front
+    front.unload()
+
+
+@pytest.fixture
+def inputs(model):
+    ids, mask = selfcheck.prompt(model)
+    return {"input_ids": ids, "attention_mask": mask, "pad_token_id": 0, "max_new_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token a byte, as far as a small vocabulary goes."""
+    special = ["<pad>", "<unk>", "<s>"]
+    symbols = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())[:94]]
+    made = Tokenizer(models.BPE({symbol: place for place, symbol in enumerate(symbols)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    names = {"pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"repetition_penalty": 1.4}, {"eos_token_id": 11}, {"eos_token_id": list(range(5, 21))}],
+    ids=str,
+)
+def test_greedy_tokens_are_those_of_generate(model, front, inputs, options):
+    assert torch.equal(
+        front.generate_fast(**inputs, **options), model.generate(**inputs, **options, do_sample=False)
+    )
+
+
+def test_prompts_of_any_length(model, front):
+    for _ in range(5):
+        batch, length = random.randint(1, 8), random.randint(1, 70)
+        ids = torch.randint(3, 90, (batch, length))
+        mask = torch.ones_like(ids)
+        for row in mask:
+            row[: random.randint(0, length - 1)] = 0
+        options = {"attention_mask": mask, "max_new_tokens": random.randint(1, 9), "pad_token_id": 0}
+        expected = model.generate(ids, **options, do_sample=False)
+        assert torch.equal(front.generate_fast(ids, **options), expected), (batch, mask.sum(1))
+
+
+def test_the_loop_is_used(front, inputs, monkeypatch):
+    monkeypatch.setattr(type(front), "generate", lambda *_a, **_k: pytest.fail("generate was used"))
+    front.generate_fast(**inputs)
+
+
+def test_a_model_without_captured_steps_generates_as_well(model, inputs):
+    front = load(model, plan=SPLITS, check=False)
+    try:
+        assert torch.equal(front.generate_fast(**inputs), model.generate(**inputs, do_sample=False))
+        first = front.generate_fast(**inputs, do_sample=True, seed=5)
+        assert torch.equal(front.generate_fast(**inputs, do_sample=True, seed=5), first)
+    finally:
+        front.unload()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_p": 0.8}, {"top_k": 300, "top_p": 0.9}], ids=str)
+def test_a_seed_gives_the_same_tokens_again(front, inputs, options):
+    options = {**options, "temperature": 30.0}
+    first = front.generate_fast(**inputs, **options, do_sample=True, seed=31)
+    assert torch.equal(front.generate_fast(**inputs, **options, do_sample=True, seed=31), first)
+    others = [front.generate_fast(**inputs, **options, do_sample=True, seed=seed) for seed in range(3)]
+    assert not all(torch.equal(other, first) for other in others)
+
+
+def test_without_a_seed_torch_decides(front, inputs):
+    torch.manual_seed(3)
+    options = {**inputs, "do_sample": True, "temperature": 30.0}
+    first = front.generate_fast(**options)
+    torch.manual_seed(3)
+    assert torch.equal(front.generate_fast(**options), first)
+    assert not torch.equal(front.generate_fast(**options), first)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(do_sample=True),
+        Sampling(do_sample=True, temperature=0.6),
+        Sampling(do_sample=True, top_k=5),
+        Sampling(do_sample=True, top_p=0.7, temperature=1.5),
+        Sampling(do_sample=True, top_k=12, top_p=0.85, repetition_penalty=1.6),
+        Sampling(do_sample=True, top_k=290, top_p=0.5, repetition_penalty=0.7),
+        Sampling(do_sample=True, top_p=1e-6),
+    ],
+    ids=str,
+)
+def test_tokens_are_as_likely_as_transformers_has_them(sampling):
+    draws, vocabulary = 4000, 320
+    logits = (2 * torch.randn(1, vocabulary)).expand(draws, -1)
+    ids = torch.randint(0, vocabulary, (1, 20)).expand(draws, -1)
+    chooser = Chooser(draws, vocabulary, torch.device("cpu"))
+    chooser.begin(sampling, random.randrange(2**31), (), 0, ids)
+    chooser.choose(logits, sampling.kind)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.repetition_penalty != 1.0:
+        warpers.insert(0, RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    likely = warpers(ids[:1], logits[:1].clone()).softmax(-1)[0].double()
+    counts = torch.bincount(chooser.token, minlength=vocabulary).double()
+    assert not counts[likely == 0].any()
+    # A normal deviate for each token; beyond 6 once in 5e8 of them.
+    spread = (draws * likely * (1 - likely)).sqrt()
+    sure = spread > 1
+    assert ((counts - draws * likely)[sure].abs() < 6 * spread[sure]).all()
+
+
+def test_the_first_token_after_an_end_is_padding():
+    chooser = Chooser(2, 10, torch.device("cpu"))
+    chooser.begin(Sampling(), 0, (4,), 7, torch.zeros(2, 1, dtype=torch.int64))
+    logits = torch.nn.functional.one_hot(torch.tensor([4, 5]), 10).float()
+    chooser.choose(logits, Sampling().kind)
+    assert chooser.token.tolist() == [4, 5]
+    chooser.choose(logits, Sampling().kind)
+    assert chooser.token.tolist() == [7, 5]
+
+
+@pytest.mark.parametrize("ends", [{}, {"eos_token_id": 2}], ids=str)
+def test_stop_strings(model, front, inputs, tokenizer, ends):
+    plain = model.generate(**inputs, do_sample=False)
+    columns = inputs["input_ids"].shape[1]
+    string = tokenizer.decode(plain[0, columns + 4])
+    options = {"stop_strings": ["??", string], "tokenizer": tokenizer, **ends}
+    expected = model.generate(**inputs, **options, do_sample=False)
+    assert torch.equal(front.generate_fast(**inputs, **options), expected)
+
+
+def test_text_comes_in_pieces(model, front, tokenizer):
+    prompt = "abc"
+    options = {"max_new_tokens": 12, "pad_token_id": 0}
+    expected = model.generate(**tokenizer(prompt, return_tensors="pt"), **options, do_sample=False)
+    text = tokenizer.decode(expected[0, 3:], skip_special_tokens=True)
+    assert "".join(front.stream(prompt, tokenizer=tokenizer, **options)).strip() == text.strip()
+    pieces = front.stream(prompt, tokenizer=tokenizer, max_new_tokens=400, pad_token_id=0)
+    next(pieces)
+    pieces.close()
+    assert torch.equal(front.generate_fast(**tokenizer(prompt, return_tensors="pt"), **options), expected)
+
+
+def test_the_models_own_defaults_count(model, inputs):
+    front = load(model, plan=SPLITS, check=False, capture=True)
+    front.generation_config.eos_token_id = [12, 14]
+    front.generation_config.no_repeat_ngram_size = 2
+    try:
+        expected = model.generate(**inputs, do_sample=False, eos_token_id=[12, 14], no_repeat_ngram_size=2)
+        assert torch.equal(front.generate_fast(**inputs), expected)
+    finally:
+        front.unload()
+
+
+def test_a_failure_leaves_the_loop_usable(model, front, inputs, monkeypatch):
+    expected = model.generate(**inputs, do_sample=False)
+    played = []
+    step = Captured._step  # noqa: SLF001  to make it fail
+
+    def fails(self, rank, shape):
+        played.append(rank)
+        if len(played) == 14:
+            message = "on purpose"
+            raise ValueError(message)
+        step(self, rank, shape)
+
+    monkeypatch.setattr(Captured, "_step", fails)
+    with pytest.raises(ValueError, match="on purpose"):
+        front.generate_fast(**inputs)
+    assert torch.equal(front.generate_fast(**inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": 0.0, "do_sample": True}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"eos_token_id": list(range(17))}, "eos_token_id"),
+        ({"stop_strings": ["x"]}, "tokenizer"),
+        ({"stop_strings": [""], "tokenizer": object()}, "stop_strings"),
+        ({"num_beams": 2}, "num_beams"),
+        ({"attention_mask": torch.tensor([[1, 0]])}, "attention_mask"),
+        ({"attention_mask": torch.tensor([[1, 1, 1]])}, "attention_mask"),
+        ({"input_ids": torch.tensor([[5, 400]])}, "input_ids"),
+        ({"input_ids": torch.ones(9, 2, dtype=torch.int64)}, "input_ids"),
+        ({"input_ids": torch.ones(0, 2, dtype=torch.int64)}, "input_ids"),
+        ({"input_ids": [[1, 2]]}, "input_ids"),
+    ],
+    ids=str,
+)
+def test_arguments_are_checked(front, options, named):
+    given = {"input_ids": torch.tensor([[5, 6]]), "max_new_tokens": 3, **options}
+    with pytest.raises(InvalidInput, match=named):
+        front.generate_fast(**given)
+
+
+def test_a_sequence_beyond_the_limit_is_refused(model):
+    front = load(model, plan=SPLITS, check=False, capture=True, context=20)
+    try:
+        with pytest.raises(InvalidInput, match="20"):
+            front.generate_fast(torch.ones(1, 15, dtype=torch.int64), max_new_tokens=6)
+        assert front.generate_fast(torch.ones(1, 15, dtype=torch.int64), max_new_tokens=5).shape == (1, 20)
+    finally:
+        front.unload()
