@@ -62,6 +62,7 @@ echo "$gpus GPU(s)"
 mapfile -t devices < <(for ((i = 0; i < gpus; i++)); do echo "cuda:$i"; done)
 
 models=(tests/python/gpu/test_models_on_gpu.py tests/python/gpu/test_plans_on_gpu.py)
+models+=(tests/python/gpu/test_captured_on_gpu.py)
 wants tests && step tests 360 "${pytest[@]}" -rf --durations=10 "${models[@]/#/--ignore=}" tests/python/gpu
 wants models && step models 240 "${pytest[@]}" -rf --durations=10 "${models[@]}"
 wants expandable && with_allocator expandable expandable_segments:True
@@ -83,6 +84,7 @@ fi
 wants truth && LINES_SHOWN=40 step truth 240 "$python" benches/plan_truth.py --quick --json "$out/truth.json"
 wants loading && LINES_SHOWN=12 step loading 240 "$python" benches/load_speed.py --json "$out/loading.json"
 wants tune && LINES_SHOWN=60 step tune 300 "$python" -m benches.gpus.tune --out "$out"
+wants steps && LINES_SHOWN=40 step steps 300 "$python" benches/models_on_gpu.py --json "$out/steps.json"
 
 echo
 failed=0

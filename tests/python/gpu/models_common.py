@@ -39,7 +39,8 @@ def uneven(model: Any, kv: list[int]) -> Splits:
 
 
 def over_ranks(model: Any, kv: list[int], **options: Any) -> Any:
-    """The model over ranks that all are on the GPU."""
+    """The model over ranks that all are on the GPU, without recorded steps: they have tests of their own."""
+    options = {"capture": False, **options}
     return load(model, plan=uneven(model, kv), devices=[DEVICE] * len(kv), check=False, **options)
 
 
