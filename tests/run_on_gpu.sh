@@ -5,8 +5,8 @@
 #   tests/run_on_gpu.sh [folder for logs, JSON and pictures]
 #
 # Wants the package installed (or on PYTHONPATH) beside torch and pytest. By default it takes some 10 minutes.
-#   STEPS          which of: tests models expandable async soak memcheck racecheck bench truth loading tune; all but
-#                  the sanitizer's, loading and tune if not said
+#   STEPS          which of: tests models expandable async soak memcheck racecheck bench truth loading tune steps;
+#                  all but the sanitizer's, loading and tune if not said
 #   SOAK_SECONDS   length of the random test (45)
 #   BENCH_SECONDS  the measurements take no longer (150)
 #   SANITIZER=1    adds compute-sanitizer over a reduced set (memcheck, racecheck)
@@ -18,7 +18,7 @@ out=${1:-$(mktemp -d)}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
-steps=${STEPS:-tests models expandable async soak bench truth}
+steps=${STEPS:-tests models expandable async soak bench truth steps}
 [[ ${SANITIZER:-0} == 1 ]] && steps+=" memcheck racecheck"
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD/tests/python:$PWD/tests/python/gpu
 # NVLink multicast is not needed, and a program that ends badly while it uses it can harm the whole server.

@@ -3,14 +3,19 @@
 import random
 
 import pytest
-import torch
-from models_common import DEVICE, made, settled, uneven, whole
 
-from tp_rs.integrations.transformers import load, selfcheck
-from tp_rs.integrations.transformers.capture import Capture
-from tp_rs.integrations.transformers.sampling import Chooser, Sampling
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("triton")
 
-kernels = pytest.importorskip("tp_rs.integrations.transformers.static_kernels")
+from models_common import DEVICE, made, settled, uneven, whole  # noqa: E402  they may be missing
+
+from tp_rs.integrations.transformers import load, selfcheck  # noqa: E402
+from tp_rs.integrations.transformers import static_kernels as kernels  # noqa: E402
+from tp_rs.integrations.transformers.capture import Capture  # noqa: E402
+from tp_rs.integrations.transformers.sampling import Chooser, Sampling  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 TYPES = ["llama", "mistral", "gemma2", "gpt_oss", "phi3", "olmo2", "deepseek_v2"]
 """Plain, a window, windows with soft caps, sinks with experts, fused projections, wide norms, latents."""

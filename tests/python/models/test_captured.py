@@ -3,6 +3,7 @@
 import logging
 import random
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,6 +303,21 @@ def test_compiled_layers_leave_no_trace(model):
     for name, (_, values) in after.items():
         assert values.keys() == before[name][1].keys()
         assert values.get("layer_idx") == before[name][1].get("layer_idx")
+
+
+@pytest.mark.parametrize(("budget", "stays"), [(104, False), (110, True)])
+def test_memory_is_given_back_where_two_caches_do_not_fit(model, inputs, budget, stays, monkeypatch):
+    front = load(model, plan=SPLITS, check=False, capture=True)
+    rank = SimpleNamespace(items={"kv_cache": 6, "activations": 3}, total=100, budget=budget)
+    front.tp_rs_runner.capture.plan = SimpleNamespace(ranks=[rank])
+    closed = []
+    monkeypatch.setattr(Captured, "close", lambda self: closed.append(self))
+    try:
+        for options in ({"do_sample": False}, {"num_beams": 2}, {"do_sample": False}):
+            assert torch.equal(front.generate(**inputs, **options), model.generate(**inputs, **options))
+        assert bool(closed) is not stays
+    finally:
+        front.unload()
 
 
 def test_a_cache_ends_with_its_generation(front, inputs):

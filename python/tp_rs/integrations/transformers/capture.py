@@ -106,7 +106,7 @@ class Capture:
         try:
             self._owner = self._holder = threading.get_ident()
             yield
-            if self._cache is not None and self._captured is not None:
+            if self._cache is not None and self._cache.eager is None and self._captured is not None:
                 self._captured.recorder.check()
         finally:
             self._owner = self._holder = None
