@@ -311,7 +311,8 @@ def test_memory_is_given_back_where_two_caches_do_not_fit(model, inputs, budget,
     rank = SimpleNamespace(items={"kv_cache": 6, "activations": 3}, total=100, budget=budget)
     front.tp_rs_runner.capture.plan = SimpleNamespace(ranks=[rank])
     closed = []
-    monkeypatch.setattr(Captured, "close", lambda self: closed.append(self))
+    # A function, so that it is bound.
+    monkeypatch.setattr(Captured, "close", lambda self: closed.append(self))  # noqa: PLW0108
     try:
         for options in ({"do_sample": False}, {"num_beams": 2}, {"do_sample": False}):
             assert torch.equal(front.generate(**inputs, **options), model.generate(**inputs, **options))
