@@ -66,8 +66,9 @@ def test_the_plan_says_how_large_the_buffers_are(
         with TPContext({**SMALL, **change}, [0.1] * ranks, **options) as ctx:
             assert ctx.plan.buffer_bytes == expected
             assert [buffer.nbytes for buffer in ctx.pinned_temp or []] == [expected] * 2
-            # What ranks stage messages through comes on top; one rank alone needs no pinned memory.
-            assert ctx.plan.pinned_bytes == (0 if ranks == 1 else 2 * expected + ranks * (8 << 20))
+            # What ranks meet through comes on top: for three of them 4 MiB of slots and two inboxes of 2 MiB,
+            # with flags, in steps of 2 MiB. One rank alone needs no pinned memory.
+            assert ctx.plan.pinned_bytes == (0 if ranks == 1 else 2 * expected + ranks * (10 << 20))
 
 
 def test_inference_mode_leaves_no_mark() -> None:
