@@ -56,7 +56,9 @@ fn inject(test: &str, devices: u32, scenarios: impl FnOnce(&'static Stub, &mut R
 /// What `make faults` gathers.
 fn print_report(report: &Report) {
     println!();
-    report.lines().iter().for_each(|line| println!("{line}"));
+    for line in report.lines() {
+        println!("{line}");
+    }
     println!("{} injections", report.injections());
     assert!(report.injections() > 0);
 }
@@ -123,7 +125,9 @@ fn first_creation() {
             assert_eq!(stub.current(), before);
             // Behind the test's name.
             println!();
-            calls.iter().for_each(|call| println!("{CALLED}{call}"));
+            for call in &calls {
+                println!("{CALLED}{call}");
+            }
             let failed = made.is_err();
             if let Err(error) = &made {
                 names(error, &calls[nth - 1], code);
@@ -186,7 +190,7 @@ fn copies_of_host_memory() {
     inject("copies_of_host_memory", 3, |stub, report| {
         for kind in [Operation::Gather, Operation::Broadcast] {
             for (guest, dim) in [(Memory::Pinned, 4), (Memory::Pageable, 4), (Memory::Pinned, 20_000)] {
-                let order = Order { guest, dim, ..order(kind, 2) };
+                let order = Order { dim, guest, ..order(kind, 2) };
                 let size = if dim > 4 { "large" } else { "small" };
                 let scenario = format!("{kind:?}, {size}, {guest:?}");
                 let mut bench = Bench::new(stub, &[0, 1], &options());
