@@ -14,8 +14,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use stub::inject::{Bench, Outcome, Report, codes_at, names};
-use stub::jobs::{Kind as Operation, Order};
-use stub::operate::{How, LONG, capture, creation, dropping, kernels, moving, operation};
+use stub::jobs::{Job, Kind as Operation, Order};
+use stub::operate::{How, LONG, capture, creation, dropping, kernels, moving, operation, run};
 use stub::place::Memory;
 use stub::{Ledger, Stub, again, on_stub};
 use tp_rs::comm::{CommOptions, Communicator, DType, Device, Peers};
@@ -197,6 +197,37 @@ fn copies_of_host_memory() {
                 operation(&mut bench, &scenario, &order, How::List, report);
             }
         }
+    });
+}
+
+#[test]
+fn host_memory_is_free_after_a_failed_copy() {
+    on_stub("host_memory_is_free_after_a_failed_copy", |stub| {
+        stub.stub_devices(3);
+        let devices = [0, 1, 2];
+        let mut bench = Bench::new(stub, &devices, &options());
+        let order = Order { dim: 4000, guest: Memory::Pinned, ..order(Operation::Broadcast, 3) };
+        let mut job = Job::new(stub, &devices, &order);
+        bench.comm();
+        let calls = bench.calls(|bench| run(bench, &mut job, How::List));
+        let copies: Vec<usize> =
+            (1..=calls.len()).filter(|nth| calls[nth - 1].starts_with("cuMemcpy2DAsync")).collect();
+        assert_eq!(copies.len(), 3);
+        drop(job);
+        // Copies take their time.
+        stub.stub_stall(60_000, 1);
+        for nth in copies {
+            bench.renew();
+            bench.comm();
+            let mut job = Job::new(stub, &devices, &order);
+            let (result, _) = bench.fail(nth, 999, |bench| run(bench, &mut job, How::List));
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("cuMemcpy2DAsync_v2"), "{error}");
+            // Frees the source; the stub tells of a copy that still reads it.
+            drop(job);
+            bench.drain();
+        }
+        stub.stub_stall(0, 0);
     });
 }
 

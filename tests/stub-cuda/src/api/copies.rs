@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::driver;
 use crate::codes::{INVALID_VALUE, Result};
 use crate::device;
+use crate::faults::stall;
 use crate::memory::{self, Home};
 use crate::report::misuse;
 use crate::stream::{self, Stream};
@@ -76,6 +77,7 @@ impl Copy {
 
     /// Moves the rows, from or to `host`.
     fn do_rows(&self, host: *mut u8, pitch: u64) {
+        stall();
         let Ok(there) = self.device_side() else { return };
         for row in 0..self.height {
             // SAFETY: both sides have so many rows of so many bytes.
