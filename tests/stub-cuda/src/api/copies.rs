@@ -77,7 +77,6 @@ impl Copy {
 
     /// Moves the rows, from or to `host`.
     fn do_rows(&self, host: *mut u8, pitch: u64) {
-        stall();
         let Ok(there) = self.device_side() else { return };
         for row in 0..self.height {
             // SAFETY: both sides have so many rows of so many bytes.
@@ -103,6 +102,8 @@ impl Copy {
         if pinned || captured {
             let (at, pitch) = (self.host.at as usize, self.host.pitch);
             return stream.give(Arc::new(move || {
+                // Copies take longer than calls.
+                (0..20).for_each(|_| stall());
                 if pinned && self.pinned().is_err() {
                     return;
                 }
