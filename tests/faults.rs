@@ -14,8 +14,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use stub::inject::{Bench, Outcome, Report, codes_at, names};
-use stub::jobs::{Kind as Operation, Order};
-use stub::operate::{How, LONG, capture, creation, dropping, kernels, moving, operation};
+use stub::jobs::{Job, Kind as Operation, Order};
+use stub::operate::{How, LONG, capture, creation, dropping, kernels, moving, operation, run};
 use stub::place::Memory;
 use stub::{Ledger, Stub, again, on_stub};
 use tp_rs::comm::{CommOptions, Communicator, DType, Device, Peers};
@@ -56,7 +56,9 @@ fn inject(test: &str, devices: u32, scenarios: impl FnOnce(&'static Stub, &mut R
 /// What `make faults` gathers.
 fn print_report(report: &Report) {
     println!();
-    report.lines().iter().for_each(|line| println!("{line}"));
+    for line in report.lines() {
+        println!("{line}");
+    }
     println!("{} injections", report.injections());
     assert!(report.injections() > 0);
 }
@@ -123,7 +125,9 @@ fn first_creation() {
             assert_eq!(stub.current(), before);
             // Behind the test's name.
             println!();
-            calls.iter().for_each(|call| println!("{CALLED}{call}"));
+            for call in &calls {
+                println!("{CALLED}{call}");
+            }
             let failed = made.is_err();
             if let Err(error) = &made {
                 names(error, &calls[nth - 1], code);
@@ -186,13 +190,44 @@ fn copies_of_host_memory() {
     inject("copies_of_host_memory", 3, |stub, report| {
         for kind in [Operation::Gather, Operation::Broadcast] {
             for (guest, dim) in [(Memory::Pinned, 4), (Memory::Pageable, 4), (Memory::Pinned, 20_000)] {
-                let order = Order { guest, dim, ..order(kind, 2) };
+                let order = Order { dim, guest, ..order(kind, 2) };
                 let size = if dim > 4 { "large" } else { "small" };
                 let scenario = format!("{kind:?}, {size}, {guest:?}");
                 let mut bench = Bench::new(stub, &[0, 1], &options());
                 operation(&mut bench, &scenario, &order, How::List, report);
             }
         }
+    });
+}
+
+#[test]
+fn host_memory_is_free_after_a_failed_copy() {
+    on_stub("host_memory_is_free_after_a_failed_copy", |stub| {
+        stub.stub_devices(3);
+        let devices = [0, 1, 2];
+        let mut bench = Bench::new(stub, &devices, &options());
+        let order = Order { dim: 4000, guest: Memory::Pinned, ..order(Operation::Broadcast, 3) };
+        let mut job = Job::new(stub, &devices, &order);
+        bench.comm();
+        let calls = bench.calls(|bench| run(bench, &mut job, How::List));
+        let copies: Vec<usize> =
+            (1..=calls.len()).filter(|nth| calls[nth - 1].starts_with("cuMemcpy2DAsync")).collect();
+        assert_eq!(copies.len(), 3);
+        drop(job);
+        // Copies take their time.
+        stub.stub_stall(60_000, 1);
+        for nth in copies {
+            bench.renew();
+            bench.comm();
+            let mut job = Job::new(stub, &devices, &order);
+            let (result, _) = bench.fail(nth, 999, |bench| run(bench, &mut job, How::List));
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("cuMemcpy2DAsync_v2"), "{error}");
+            // Frees the source; the stub tells of a copy that still reads it.
+            drop(job);
+            bench.drain();
+        }
+        stub.stub_stall(0, 0);
     });
 }
 

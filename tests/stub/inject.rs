@@ -33,11 +33,12 @@ pub(crate) fn errors_of(call: &str) -> &'static [i32] {
         }
         "cuPointerGetAttributes" => &[1, 101, 201, 700, 999],
         "cuStreamCreate" | "cuEventCreate" => &[2, 201, 700, 999],
-        "cuStreamDestroy_v2" | "cuEventDestroy_v2" | "cuModuleUnload" => &[201, 400, 700, 999],
+        "cuStreamDestroy_v2" | "cuEventDestroy_v2" | "cuEventRecord" | "cuModuleUnload" => {
+            &[201, 400, 700, 999]
+        }
         "cuStreamSynchronize" => &[201, 214, 400, 700, 702, 716, 719, 999],
         "cuStreamWaitEvent" => &[201, 400, 700, 905, 999],
         "cuStreamIsCapturing" => &[201, 400, 700, 906, 999],
-        "cuEventRecord" => &[201, 400, 700, 999],
         "cuModuleLoadData" => &[2, 201, 209, 218, 222, 700, 999],
         "cuModuleGetFunction" | "cuModuleGetGlobal_v2" => &[201, 400, 500, 700, 999],
         "cuFuncGetAttribute" => &[1, 2, 201, 400, 700, 999],

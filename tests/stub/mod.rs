@@ -7,6 +7,7 @@
 #![allow(
     dead_code,
     non_snake_case,
+    clippy::cast_possible_truncation,
     clippy::panic,
     clippy::print_stdout,
     clippy::print_stderr,

@@ -162,10 +162,30 @@ impl Cuda {
     /// Copies between ranks and host memory. With `blocking`, returns when all of it is done. In a capture nothing has
     /// run yet, so there is nothing to wait for: host memory has to be there when the graph runs.
     fn copy_all(&self, copies: &[Copy<'_>], host: &Tensor, blocking: bool) -> Result<()> {
+        let mut waits = Vec::new();
+        let mut result = self.queue_copies(copies, host, blocking, &mut waits);
+        // Also after a failure: the caller may free its memory, and what was queued still uses it.
+        for (copy, value) in waits {
+            let waited = match value {
+                Some(value) => self.wait_for_word(copy, value),
+                None => self.synchronize(copy.rank, copy.stream),
+            };
+            result = result.and(waited);
+        }
+        result
+    }
+
+    /// Queues copies, and notes what has to be waited for: a stream, or the word that its kernel writes.
+    fn queue_copies<'a>(
+        &self,
+        copies: &'a [Copy<'a>],
+        host: &Tensor,
+        blocking: bool,
+        waits: &mut Vec<(&'a Copy<'a>, Option<u32>)>,
+    ) -> Result<()> {
         let Some(first) = copies.first() else { return Ok(()) };
         let bytes = copies.iter().map(|copy| copy.from.bytes()).fold(0, usize::saturating_add);
         let pinned = pointer::pinned(self.machine(first.rank)?.context(), host.data as u64)?;
-        let mut waits = Vec::new();
         for (index, copy) in copies.iter().enumerate() {
             let same = |other: &&Copy<'_>| {
                 other.stream == copy.stream && self.seats.get(other.rank) == self.seats.get(copy.rank)
@@ -182,17 +202,11 @@ impl Cuda {
                 }
                 continue;
             }
-            for copy in &group {
-                self.copy_by_engine(copy)?;
-            }
             if blocking {
                 waits.push((copy, None));
             }
-        }
-        for (copy, value) in waits {
-            match value {
-                Some(value) => self.wait_for_word(copy, value)?,
-                None => self.synchronize(copy.rank, copy.stream)?,
+            for copy in &group {
+                self.copy_by_engine(copy)?;
             }
         }
         Ok(())

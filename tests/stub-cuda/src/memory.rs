@@ -15,14 +15,14 @@ use crate::report::misuse;
 unsafe extern "C" {
     fn mmap(at: *mut c_void, bytes: usize, access: i32, flags: i32, file: i32, offset: i64) -> *mut c_void;
     fn mprotect(at: *mut c_void, bytes: usize, access: i32) -> i32;
-    fn madvise(at: *mut c_void, bytes: usize, advice: i32) -> i32;
 }
 
 const NO_ACCESS: i32 = 0;
 const READ_AND_WRITE: i32 = 3;
 /// `MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE`
 const OF_ITS_OWN: i32 = 0x2 | 0x20 | 0x4000;
-const DO_NOT_NEED: i32 = 4;
+/// `MAP_FIXED`
+const IN_PLACE: i32 = 0x10;
 const PAGE: usize = 4096;
 /// Freed memory that keeps its pattern; older one is given to the system.
 const POISONED: usize = 16;
@@ -127,15 +127,14 @@ pub(crate) fn free(call: &str, start: u64, pinned: bool) -> Result {
     // SAFETY: the mapping of the allocation, which stays for good.
     unsafe { pointer(storage).write_bytes(POISON, bytes as usize) };
     let mut lately = LATELY_FREED.lock().unwrap_or_else(PoisonError::into_inner);
-    lately.push_back((storage, pages(bytes)));
+    let (first, length) = (start as usize, pages(bytes));
+    lately.push_back((first, storage - first + length));
     if lately.len() > POISONED
-        && let Some((storage, length)) = lately.pop_front()
+        && let Some((start, whole)) = lately.pop_front()
     {
+        // A new mapping in its place holds no memory and joins its neighbours: a process may have so many only.
         // SAFETY: as above; nobody may use it any more.
-        unsafe {
-            madvise(pointer(storage).cast(), length, DO_NOT_NEED);
-            mprotect(pointer(storage).cast(), length, NO_ACCESS);
-        }
+        unsafe { mmap(pointer(start).cast(), whole, NO_ACCESS, OF_ITS_OWN | IN_PLACE, -1, 0) };
     }
     Ok(())
 }

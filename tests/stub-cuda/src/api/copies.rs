@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::driver;
 use crate::codes::{INVALID_VALUE, Result};
 use crate::device;
+use crate::faults::stall;
 use crate::memory::{self, Home};
 use crate::report::misuse;
 use crate::stream::{self, Stream};
@@ -101,6 +102,8 @@ impl Copy {
         if pinned || captured {
             let (at, pitch) = (self.host.at as usize, self.host.pitch);
             return stream.give(Arc::new(move || {
+                // Copies take longer than calls.
+                (0..20).for_each(|_| stall());
                 if pinned && self.pinned().is_err() {
                     return;
                 }

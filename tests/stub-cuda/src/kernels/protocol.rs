@@ -247,38 +247,55 @@ impl<'a> Seat<'a> {
         Ok(whole)
     }
 
-    /// Waits for `parts` parts of a peer's letter, and passes them on to where the other blocks look for them.
-    pub(super) fn read_letter(
-        &self,
-        sequence: u32,
-        peer: usize,
-        parts: u64,
-    ) -> Result<Option<[(u32, u32); 3]>> {
-        let place = u64::from(sequence & 1) * LETTER;
-        let (own, seen) = (self.inbox(peer) + place, entry(&self.rank.seen, peer) + place);
-        let mut letter = [(0, 0); 3];
-        for (part, words) in (0..parts).zip(&mut letter) {
-            let Some(received) = self.receive(own + 16 * part, sequence, peer)? else { return Ok(None) };
-            if seen != own {
-                self.send(seen + 16 * part, sequence, received)?;
-                // The other blocks find the same.
-                if self.receive(seen + 16 * part, sequence, peer)? != Some(received) {
-                    return Ok(None);
-                }
-            }
-            *words = received;
-        }
-        Ok(Some(letter))
+    /// Whether both this rank and a peer bring something.
+    fn both_bring(&self, role: u32) -> bool {
+        let brings = |role: u32| role & (GIVES | GETS) != 0;
+        brings(role) && brings(self.me.role)
     }
 
     /// Whether a peer that brings something made the same call. A rank that only comes need not have.
-    pub(super) fn agrees(&self, peer: usize, (signature, role): (u32, u32)) -> Result<bool> {
-        let brings = |role: u32| role & (GIVES | GETS) != 0;
-        if !brings(role) || !brings(self.me.role) || signature == self.call.signature {
+    fn agrees(&self, peer: usize, (signature, role): (u32, u32)) -> Result<bool> {
+        if !self.both_bring(role) || signature == self.call.signature {
             return Ok(true);
         }
         self.stop(DISAGREED, 1 << peer)?;
         Ok(false)
+    }
+
+    /// Waits for the first part of a peer's letter and, with `addresses`, for the others, which small sums don't write and
+    /// ranks that only come don't need. What is read is passed on to where the other blocks look for it. `None`: leave at
+    /// once.
+    pub(super) fn read_letter(
+        &self,
+        sequence: u32,
+        peer: usize,
+        addresses: bool,
+    ) -> Result<Option<[(u32, u32); 3]>> {
+        let place = u64::from(sequence & 1) * LETTER;
+        let (own, seen) = (self.inbox(peer) + place, entry(&self.rank.seen, peer) + place);
+        let mut letter = [(0, 0); 3];
+        for part in 0..3 {
+            let offset = 16 * part as u64;
+            let Some(received) = self.receive(own + offset, sequence, peer)? else { return Ok(None) };
+            if seen != own {
+                self.send(seen + offset, sequence, received)?;
+                // The other blocks find the same.
+                if self.receive(seen + offset, sequence, peer)? != Some(received) {
+                    return Ok(None);
+                }
+            }
+            if let Some(words) = letter.get_mut(part) {
+                *words = received;
+            }
+            let [what, ..] = letter;
+            if part == 0 && !self.agrees(peer, what)? {
+                return Ok(None);
+            }
+            if !addresses || !self.both_bring(what.1) {
+                break;
+            }
+        }
+        Ok(Some(letter))
     }
 
     /// Whether the rank has not stopped.
@@ -295,16 +312,10 @@ impl<'a> Seat<'a> {
                 *about = self.own();
                 continue;
             }
-            // Addresses are told by those only who bring something.
-            let parts = if self.me.role & (GIVES | GETS) != 0 { 3 } else { 1 };
-            let Some([what, data, stride]) = self.read_letter(whole as u32, peer, parts)? else {
+            let Some([what, data, stride]) = self.read_letter(whole as u32, peer, true)? else {
                 alive = false;
                 continue;
             };
-            if !self.agrees(peer, what)? {
-                alive = false;
-                continue;
-            }
             about.data = u64::from(data.0) | u64::from(data.1) << 32;
             about.stride = u64::from(stride.0) | u64::from(stride.1) << 32;
             about.role = what.1;
