@@ -228,7 +228,6 @@ def test_a_failure_leaves_the_loop_usable(model, front, inputs, monkeypatch):
         ({"input_ids": torch.ones(0, 2, dtype=torch.int64)}, "input_ids"),
         ({"input_ids": [[1, 2]]}, "input_ids"),
     ],
-    ids=str,
 )
 def test_arguments_are_checked(front, options, named):
     given = {"input_ids": torch.tensor([[5, 6]]), "max_new_tokens": 3, **options}
