@@ -10,6 +10,7 @@
 // How a large sum is shared.
 struct Sharing {
     u32 present;  // ranks
+    u32 givers;   // of them
     u32 other;    // than this one, where there are two
     u32 chunks;   // of this block
     bool both;    // two ranks that do not reach each other
@@ -18,12 +19,13 @@ struct Sharing {
     bool wide;    // all tensors aligned
 
     __device__ __noinline__ Sharing(const Staging &staging, const Line &own, u32 size)
-        : present(0), other(staging.rank->rank), kept(false), told(false) {
+        : present(0), givers(0), other(staging.rank->rank), kept(false), told(false) {
         u64 bits = own.data | own.stride | own.width;
 #pragma unroll 1
         for (u32 peer = 0; peer < staging.rank->ranks; ++peer) {
             if (!staging.meeting.present(peer)) continue;
             ++present;
+            if (staging.meeting.gives(peer)) ++givers;
             if (peer != staging.rank->rank) other = peer;
             kept |= staging.puts_for(peer);
             told |= staging.meeting.gets(peer) && !staging.direct(peer);
@@ -96,13 +98,13 @@ __device__ __noinline__ void sum_chunk(const Staging &staging, const Line &own, 
 
 // Puts chunk `index` where the rank that sums it needs it there.
 __device__ __noinline__ bool contribute(const Staging &staging, const Line &own, const Sharing &sharing, u32 index) {
-    const u32 owner = sharing.both ? sharing.other : staging.owner(sharing.present, index);
-    return staging.seen_by(owner) || staging.put(own, index);
+    const u32 owner = sharing.both ? sharing.other : staging.owner(sharing.givers, index);
+    return !staging.call.gives() || staging.seen_by(owner) || staging.put(own, index);
 }
 
 // Takes the sum of chunk `index` where its owner could not write it to this rank's tensor, and lets go of the chunk.
 __device__ __noinline__ bool finish(const Staging &staging, const Line &own, const Sharing &sharing, u32 index, u32 size) {
-    const u32 owner = sharing.both ? staging.rank->rank : staging.owner(sharing.present, index);
+    const u32 owner = sharing.both ? staging.rank->rank : staging.owner(sharing.givers, index);
     if (!staging.seen_by(owner)) {
         if (!staging.await_sum(owner, index)) return false;
         const u64 from = staging.first(index), to = staging.last(index, own.bytes);
@@ -119,7 +121,7 @@ __device__ __noinline__ bool finish(const Staging &staging, const Line &own, con
 // Sums chunk `index` if this rank does, once the parts of the others are there.
 template <class T>
 __device__ __noinline__ bool sum_of(const Staging &staging, const Line &own, const Sharing &sharing, u32 index) {
-    if (!sharing.both && staging.owner(sharing.present, index) != staging.rank->rank) return true;
+    if (!sharing.both && staging.owner(sharing.givers, index) != staging.rank->rank) return true;
     if (!staging.await(index)) return false;
     if (sharing.kept && !staging.free_slot(index)) return false;
     const u64 length = staging.last(index, own.bytes) - staging.first(index);
@@ -137,6 +139,7 @@ template <class T> __device__ __noinline__ bool all_reduce_staged(const Call &ca
     const Line own = line_of(call.output(call.columns), 0, call.columns, size);
     const Staging staging(call, meeting, own.bytes);
     const Sharing sharing(staging, own, size);
+    if (sharing.givers == 0) return true;
 #pragma unroll 1
     for (u32 step = 0; step < sharing.chunks + sharing.lag(); ++step) {
         if (step < sharing.chunks && !contribute(staging, own, sharing, step)) return false;

@@ -171,12 +171,12 @@ struct Staging {
         return await_of(index, [](u32) { return true; });
     }
 
-    // Who sums chunk `index` for all: the `present` ranks in turn.
-    __device__ __noinline__ u32 owner(u32 present, u32 index) const {
-        u32 turn = (index + blockIdx.x) % present, peer = 0;
+    // Who sums chunk `index` for all: the `givers` in turn. A rank that only gets would not hear when its slots are free.
+    __device__ __noinline__ u32 owner(u32 givers, u32 index) const {
+        u32 turn = (index + blockIdx.x) % givers, peer = 0;
 #pragma unroll 1
         for (;; ++peer) {
-            if (meeting.present(peer) && turn-- == 0) return peer;
+            if (meeting.gives(peer) && turn-- == 0) return peer;
         }
     }
 

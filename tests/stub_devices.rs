@@ -141,6 +141,42 @@ fn ranks_that_share_a_device_share_its_processors() {
 }
 
 #[test]
+fn a_rank_may_get_a_large_staged_sum_without_adding_to_it() {
+    on_stub("a_rank_may_get_a_large_staged_sum_without_adding_to_it", |stub| {
+        stub.stub_devices(3);
+        let staged = CommOptions {
+            peers: Peers::Staged,
+            pushed_below: Some(0),
+            timeout: Duration::from_secs(10),
+            ..options()
+        };
+        for devices in [&[0, 1][..], &[0, 1, 2], &[0, 1, 1]] {
+            for silent in 0..devices.len() {
+                // More chunks than a block has slots.
+                let order = Order {
+                    kind: Operation::AllReduce,
+                    dtype: DType::F64,
+                    rows: 3,
+                    dim: 12_000,
+                    counts: vec![1; devices.len()],
+                    memory: vec![stub::place::Memory::Plain; devices.len()],
+                    guest: stub::place::Memory::Plain,
+                    silent: Some(silent),
+                    receives: true,
+                    seed: seed(),
+                };
+                let comm = communicator(devices, &staged);
+                let streams = comm.streams();
+                let mut job = Job::new(stub, devices, &order);
+                by_threads(&comm, &mut job, &streams);
+                comm.wait(&streams).unwrap();
+                assert_eq!(job.verify(true), Ok(()), "rank {silent} of {devices:?}");
+            }
+        }
+    });
+}
+
+#[test]
 fn stalls_anywhere_change_nothing() {
     on_stub("stalls_anywhere_change_nothing", |stub| {
         stub.stub_devices(3);

@@ -213,7 +213,11 @@ pub(super) fn all_reduce(seat: &Seat<'_>, meeting: &Meeting, block: u32, dtype: 
     let other = present.iter().copied().rfind(|peer| *peer != seat.index()).unwrap_or(seat.index());
     let both = present.len() == 2 && !seat.direct(meeting, other) && !seat.seen_by(other);
     let kept = !both && present.iter().any(|peer| staging.puts_for(*peer));
-    let sharing = Sharing { staging, own, present, other, both, kept, dtype };
+    let givers: Vec<usize> = present.iter().copied().filter(|peer| meeting.gives(*peer)).collect();
+    if givers.is_empty() {
+        return Ok(true);
+    }
+    let sharing = Sharing { staging, own, present, givers, other, both, kept, dtype };
     sharing.run()
 }
 
@@ -222,6 +226,8 @@ struct Sharing<'a> {
     staging: Staging<'a>,
     own: Line,
     present: Vec<usize>,
+    /// Who sum in turn: a rank that only gets would not hear when its slots are free.
+    givers: Vec<usize>,
     /// Than this rank, where there are two.
     other: usize,
     /// Whether there are two, which do not reach each other.
@@ -251,14 +257,18 @@ impl Sharing<'_> {
 
     /// Who sums chunk `index` for all.
     fn owner(&self, index: u64) -> usize {
-        let turn = (index as usize + self.staging.block as usize) % self.present.len().max(1);
-        entry(&self.present, turn)
+        let turn = (index as usize + self.staging.block as usize) % self.givers.len().max(1);
+        entry(&self.givers, turn)
     }
 
     /// Puts chunk `index` where the rank that sums it needs it there.
     fn contribute(&self, index: u64) -> Result<bool> {
         let owner = if self.both { self.other } else { self.owner(index) };
-        if self.staging.seat.seen_by(owner) { Ok(true) } else { self.staging.put(&self.own, index) }
+        if !self.staging.seat.gives() || self.staging.seat.seen_by(owner) {
+            Ok(true)
+        } else {
+            self.staging.put(&self.own, index)
+        }
     }
 
     /// Takes the sum of chunk `index` where its owner could not write it, and lets go of the chunk.
