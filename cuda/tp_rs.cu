@@ -13,7 +13,7 @@ __device__ __forceinline__ bool all_direct(const Call &call, const Meeting &meet
 
 // Announces, meets, works and leaves. `work` returns whether it came to its end.
 template <class Work> __device__ __forceinline__ void together(const Call &call, Work work) {
-    __shared__ Meeting meeting;
+    Meeting &meeting = shared_by_block<Meeting>();
     const u64 sequence = announce<true>(call);
     const bool brings = (call.role() & (GIVES | GETS)) != 0;
     const bool done = meet(call, sequence, meeting) && brings && work(meeting);
