@@ -96,6 +96,7 @@ __device__ __noinline__ void sum_chunk(const Staging &staging, const Line &own, 
 
 // Puts chunk `index` where the rank that sums it needs it there.
 __device__ __noinline__ bool contribute(const Staging &staging, const Line &own, const Sharing &sharing, u32 index) {
+    if (!staging.call.gives()) return true;
     const u32 owner = sharing.both ? sharing.other : staging.owner(sharing.present, index);
     return staging.seen_by(owner) || staging.put(own, index);
 }

@@ -196,12 +196,13 @@ struct Staging {
         return !__syncthreads_or(!alive);
     }
 
-    // Tells everyone whom this rank takes from that it is done with chunk `index`. What was read of it has been used
-    // before the barrier, so no fence has to wait for it: fences take longer than the copies of small chunks.
+    // Tells everyone whose slots this rank may use that it is done with chunk `index`: also ranks that give nothing, which
+    // keep sums there. What was read of it has been used before the barrier, so no fence has to wait for it: fences take
+    // longer than the copies of small chunks.
     __device__ __noinline__ void release(u32 index) const {
         __syncthreads();
         const u32 peer = threadIdx.x;
-        if (peer < rank->ranks && takes_from(peer)) {
+        if (peer < rank->ranks && meeting.present(peer) && !direct(peer)) {
             store_relaxed(&rank->out[peer]->consumed[blockIdx.x].value, mark(index));
         }
     }
