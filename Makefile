@@ -1,6 +1,6 @@
 # The commands of this repository. `make` lists them.
 #
-# A fresh Debian machine needs rustup, Python 3.10 or later and make; the rest is fetched: uv (from PyPI, unless
+# A fresh Debian machine needs rustup, Python 3.10 or later, g++ and make; the rest is fetched: uv (from PyPI, unless
 # there is one already), then with it the Python environment .venv from requirements/dev.txt.
 
 SHELL := /bin/bash
@@ -19,6 +19,10 @@ SEED ?=
 # Small models on one thread each, in as many processes as there are cores.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal --durations=25
 
+# Without it the tests of the kernels would be skipped.
+COMPILER = command -v "$${CXX:-c++}" >/dev/null || \
+  { echo 'a C++ compiler is needed to test the kernels: install g++, or name another with CXX' >&2; exit 1; }
+
 UV ?= $(or $(shell command -v uv 2>/dev/null),.tools/uv/bin/uv)
 CARGO_DENY ?= $(or $(shell command -v cargo-deny 2>/dev/null),.tools/bin/cargo-deny)
 BIN := .venv/bin
@@ -36,7 +40,7 @@ export UV_PYTHON_DOWNLOADS := never
 # A virtual environment that is active in the caller's shell is none of this one's business.
 unexport VIRTUAL_ENV CONDA_PREFIX
 
-.PHONY: help run test lint types deny doc kernels ptx test-rust test-python test-architectures wheel bench fuzz faults soak fmt lock clean
+.PHONY: help run test lint types deny doc kernels ptx emulate test-rust test-python test-architectures wheel bench fuzz faults soak fmt lock clean
 
 help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +81,10 @@ kernels: .venv/.requirements ## The checked-in PTX is what cuda/ gives, and ever
 ptx: .venv/.requirements ## Make the PTX anew from cuda/
 	$(UV) run --quiet --no-project --python $(BIN)/python cuda/build.py
 
+emulate: .venv/.requirements ## Run the kernels on the CPU, between ranks of any reach (part of test-python)
+	@$(COMPILER)
+	$(PYTEST) tests/python/test_kernels_on_cpu.py tests/python/test_kernels_on_cpu_waits.py
+
 # Without the feature `python`: a test binary would have to link libpython, which a machine with only Python's
 # interpreter lacks. That room is tested through the wheel.
 test-rust: ## Tests of the crate, with nothing on and with CUDA
@@ -84,6 +92,7 @@ test-rust: ## Tests of the crate, with nothing on and with CUDA
 	cargo test --locked --features cuda-pin
 
 test-python: .venv/.installed $(DEMO) ## Tests of the Python package, a third of the architectures among them
+	@$(COMPILER)
 	$(PYTEST)
 
 test-architectures: .venv/.installed ## Run every architecture over ranks, where `make test` runs a third

@@ -11,22 +11,6 @@ template <> struct Bytes<4> { typedef u32 Type; };
 template <> struct Bytes<8> { typedef uint2 Type; };
 template <> struct Bytes<16> { typedef uint4 Type; };
 
-// Reads of what is needed once, and which another rank may have written while this kernel runs.
-template <class V> __device__ __forceinline__ V load_once(const V *at) { return *(const volatile V *)at; }
-template <> __device__ __forceinline__ uint2 load_once(const uint2 *at) {
-    uint2 value;
-    asm volatile("ld.relaxed.sys.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(at) : "memory");
-    return value;
-}
-template <> __device__ __forceinline__ uint4 load_once(const uint4 *at) {
-    uint4 value;
-    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(at)
-                 : "memory");
-    return value;
-}
-
 // Where the element `index` of rows of `columns` lies whose beginnings are `stride` apart. Not inlined: it divides, which
 // is long, and is needed where there are gaps between rows only.
 __device__ __noinline__ u64 scattered(u64 index, u64 columns, u64 stride) {

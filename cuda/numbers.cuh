@@ -23,16 +23,8 @@ struct Float {
 struct Half {
     typedef u16 Bits;
     typedef float Sum;
-    static __device__ __forceinline__ float widen(u16 bits) {
-        float value;
-        asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-        return value;
-    }
-    static __device__ __forceinline__ u16 narrow(float value) {
-        u16 bits;
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-        return bits;
-    }
+    static __device__ __forceinline__ float widen(u16 bits) { return widen_half(bits); }
+    static __device__ __forceinline__ u16 narrow(float value) { return narrow_to_half(value); }
 };
 
 struct BrainFloat {

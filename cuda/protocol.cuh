@@ -7,10 +7,7 @@
 // The layouts below are read by src/comm/cuda/layout.rs, which asserts their sizes.
 #pragma once
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include <primitives.cuh>
 
 constexpr u32 MOST_RANKS = 16;
 // Blocks of one rank that may stage; flags are kept for so many.
@@ -141,56 +138,6 @@ struct Peer {
     u32 padding;
 };
 
-__device__ __forceinline__ u32 load_volatile(const u32 *at) {
-    u32 value;
-    asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-    return value;
-}
-
-__device__ __forceinline__ u64 load_volatile(const u64 *at) {
-    u64 value;
-    asm volatile("ld.volatile.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
-    return value;
-}
-
-__device__ __forceinline__ uint4 load_volatile(const uint4 *at) {
-    uint4 value;
-    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(at)
-                 : "memory");
-    return value;
-}
-
-__device__ __forceinline__ void store_volatile(uint4 *at, uint4 value) {
-    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(value.x), "r"(value.y),
-                 "r"(value.z), "r"(value.w)
-                 : "memory");
-}
-
-// A release and an acquire order also what the other threads of a block wrote before a barrier with the thread that
-// makes them, or read after one (they are cumulative). A fence in every thread would do no more and takes far longer:
-// fences of the system are served one by one where writes to host memory are under way.
-__device__ __forceinline__ u64 load_acquire(const u64 *at) {
-    u64 value;
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
-    return value;
-}
-
-__device__ __forceinline__ void store_release(u64 *at, u64 value) {
-    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
-}
-
-__device__ __forceinline__ void store_relaxed(u64 *at, u64 value) {
-    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
-}
-
-__device__ __forceinline__ u64 nanoseconds() {
-    u64 value;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
-    return value;
-}
-
 // Marks the rank as stopped and says why, once; tells the peers, so that they need not wait in vain.
 __device__ __noinline__ void stop(Rank *rank, u32 state, u32 missing, u32 signature) {
     if (atomicExch(&rank->broken, 1) != 0) return;
@@ -288,9 +235,7 @@ template <bool ADDRESSES> __device__ __forceinline__ u64 announce(const Call &ca
 // looks of all would fill the link and delay what they wait for.
 __device__ __forceinline__ void look_alone(Patience &patience, const uint4 *part, u32 sequence, u32 peer) {
     const u32 together = __activemask();
-    u32 lane;
-    asm("mov.u32 %0, %laneid;" : "=r"(lane));
-    if (lane == 31 - __clz(together)) {
+    if (lane() == 31 - __clz(together)) {
         for (;;) {
             const uint4 value = load_volatile(part);
             if ((value.y == sequence && value.w == sequence) || patience.over(peer)) break;

@@ -13,11 +13,17 @@ __device__ __forceinline__ bool all_direct(const Call &call, const Meeting &meet
 
 // Announces, meets, works and leaves. `work` returns whether it came to its end.
 template <class Work> __device__ __forceinline__ void together(const Call &call, Work work) {
-    __shared__ Meeting meeting;
+    Meeting &meeting = shared_by_block<Meeting>();
     const u64 sequence = announce<true>(call);
     const bool brings = (call.role() & (GIVES | GETS)) != 0;
     const bool done = meet(call, sequence, meeting) && brings && work(meeting);
     leave(call, sequence, done ? &meeting : nullptr);
+}
+
+// A rank without a part, which shares a launch with ranks that have one, waits for all letters: so it is never two
+// operations ahead of a peer.
+__device__ __noinline__ void only_come(const Call &call) {
+    together(call, [](Meeting &) { return false; });
 }
 
 template <class T> __device__ __forceinline__ void all_reduce_large(const Call &call) {
@@ -38,6 +44,7 @@ template <class T> __device__ __forceinline__ void reduce_scatter(const Call &ca
 
 #define SUMS(name, T)                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce_small_##name(const __grid_constant__ Call call) { \
+        if (!call.gives() && !call.gets()) return only_come(call);                                                  \
         all_reduce_small<T>(call);                                                                                  \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce_large_##name(const __grid_constant__ Call call) { \

@@ -1,0 +1,398 @@
+"""Ranks whose kernels run on the CPU: memory as in src/comm/cuda/setup.rs, operations as in launch.rs.
+
+Every operation is also done by torch, to a second copy of all tensors' memory. At the end both must be the
+same byte for byte, also around and between the tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from kernels_on_cpu import (
+    GETS,
+    GIVES,
+    NOBODY,
+    PLAIN,
+    Call,
+    Job,
+    Kernels,
+    Pages,
+    Record,
+    Region,
+    Status,
+    Write,
+)
+
+# A few million pauses are much more than any operation needs.
+PATIENCE = 30_000_000
+LETTERS_AT = 768
+LETTER_BYTES = 64
+RECORD_BYTES = LETTERS_AT + 16 * 2 * LETTER_BYTES
+ARENA = 1 << 21
+NAMES = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "f8e4m3",
+    torch.float8_e5m2: "f8e5m2",
+}
+FLOATS = list(NAMES)
+Intervals = Sequence[tuple[int, int]]
+
+
+@dataclass
+class Tensor:
+    """Rows of a rank, where the kernels see them and in the copy."""
+
+    address: int
+    stride: int
+    plain: bool
+    actual: torch.Tensor
+    expected: torch.Tensor
+
+    @property
+    def step(self) -> int:
+        """Elements from row to row, as the host tells kernels."""
+        return self.stride if self.expected.shape[0] > 1 else self.expected.shape[1]
+
+
+class Arena:
+    """Memory for tensors, and its copy. What tensors leave of it holds a pattern."""
+
+    def __init__(self, plain: bool) -> None:
+        self.plain = plain
+        self.pages, self.copy = Pages(ARENA), Pages(ARENA)
+        self.actual = torch.frombuffer(self.pages.memory, dtype=torch.uint8)
+        self.expected = torch.frombuffer(self.copy.memory, dtype=torch.uint8)
+
+    def take(self, size: int, beyond: int) -> int:
+        """The offset of so many bytes."""
+        before = self.pages.used
+        at = self.pages.take(size, beyond)
+        for memory in (self.actual, self.expected):
+            memory[before : self.pages.used].fill_(0xA5)
+        return at
+
+    def check(self, rank: int) -> None:
+        """Both must be the same; then all is free again."""
+        used = self.pages.used
+        wrong = (self.actual[:used] != self.expected[:used]).nonzero().flatten()
+        assert not len(wrong), (
+            f"{len(wrong)} bytes differ in rank {rank}'s memory (plain: {self.plain}), from {int(wrong[0])}"
+        )
+        self.pages.used = 0
+
+
+def summed(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum in the order of ranks, in float32 or, for doubles, float64, rounded once."""
+    wide = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
+    total = parts[0].to(wide)
+    for part in parts[1:]:
+        total = total + part.to(wide)
+    return total.to(parts[0].dtype)
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as integers, which can be copied without a change."""
+    return tensor.view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    )
+
+
+class Ranks:
+    """What a communicator owns, for `reaches[i][j]`: whether rank i uses the memory of rank j."""
+
+    def __init__(self, kernels: Kernels, reaches: list[list[bool]], *, small: int = 16 << 10) -> None:
+        self.kernels, self.reaches, self.count = kernels, reaches, len(reaches)
+        # Few and small, so that slots are used again: the least chunk has 8 KiB.
+        self.slots, self.slot_bytes = random.choice([3, 3, 4]), random.choice([8 << 10, 8 << 10, 16 << 10])
+        self.staging_blocks = random.choice([1, 1, 2])
+        self.small = small
+        self.jobs: list[Job] = []
+        self.said: list[str] = []
+        self.timeout, self.most_blocks = PATIENCE, 16
+        self.lay_out()
+        self.arenas = [Arena(plain) for _ in range(self.count) for plain in (True, False)]
+
+    def everyone(self) -> range:
+        return range(self.count)
+
+    def mask(self, rank: int) -> int:
+        """A bit for each rank that reaches this one."""
+        return sum(1 << peer for peer in self.everyone() if self.reaches[peer][rank])
+
+    def lay_out(self) -> None:
+        count, inbox = self.count, self.kernels.inbox_bytes + 4 * self.small
+        stage = self.staging_blocks * self.slots * self.slot_bytes
+        total = RECORD_BYTES + count * (inbox + 256) + stage + 512
+        self.rooms = [Pages(total) for _ in self.everyone()]
+        self.host = Pages(1024 + count * total)
+        self.status_at = self.host.take(count * ctypes.sizeof(Status))
+        self.stop_at = self.host.take(4)
+        for room in self.rooms:
+            room.take(RECORD_BYTES)
+        inboxes, stages = {}, []
+        for reader in self.everyone():
+            for writer in self.everyone():
+                home = self.rooms[reader] if self.reaches[writer][reader] else self.host
+                inboxes[writer, reader] = home.address + home.take(inbox)
+            everybody = all(self.reaches[peer][reader] for peer in self.everyone())
+            home = self.rooms[reader] if everybody else self.host
+            stages.append(home.address + home.take(stage))
+        for rank in self.everyone():
+            record = self.record(rank)
+            record.rank, record.ranks = rank, count
+            record.slot_bytes, record.slots, record.small_bytes = self.slot_bytes, self.slots, self.small
+            record.status = self.host.address + self.status_at + rank * ctypes.sizeof(Status)
+            record.stop = self.host.address + self.stop_at
+            record.reaches = sum(1 << peer for peer in self.everyone() if self.reaches[rank][peer])
+            record.reached = self.mask(rank)
+            record.connected = all(all(row) for row in self.reaches)
+            record.staging_blocks = self.staging_blocks
+            for peer in self.everyone():
+                record.stage[peer] = stages[peer]
+                if peer != rank:
+                    record.out[peer], record.inboxes[peer] = inboxes[rank, peer], inboxes[peer, rank]
+                    passed_on = self.rooms[rank].address + LETTERS_AT + peer * 2 * LETTER_BYTES
+                    record.seen[peer] = inboxes[peer, rank] if self.reaches[peer][rank] else passed_on
+
+    def record(self, rank: int) -> Record:
+        return Record.from_address(self.rooms[rank].address)
+
+    def status(self, rank: int) -> Status:
+        return Status.from_address(self.host.address + self.status_at + rank * ctypes.sizeof(Status))
+
+    def tensor(
+        self, rank: int, shape: tuple[int, int], dtype: torch.dtype, *, plain: bool = True, fill: bool = True
+    ) -> Tensor:
+        """Rows in a rank's memory: aligned and dense, or not, at random. Without `fill` of old bytes."""
+        rows, columns = shape
+        size = dtype.itemsize
+        arena = self.arenas[2 * rank + (not plain)]
+        stride = columns + random.choice([0, 0, 16 // size, random.randrange(1, 9)])
+        beyond = random.choice([0, 0, 8 // size, random.randrange(16 // size)]) * size
+        at = arena.take(rows * stride * size, beyond)
+
+        def view(memory: torch.Tensor) -> torch.Tensor:
+            flat = memory[at : at + rows * stride * size].view(torch.uint8)
+            flat = (
+                torch.frombuffer(flat.numpy(), dtype=dtype) if flat.numel() else torch.empty(0, dtype=dtype)
+            )
+            return flat.view(rows, stride)[:, :columns]
+
+        tensor = Tensor(arena.pages.address + at, stride, plain, view(arena.actual), view(arena.expected))
+        if fill:
+            scale = 2.0 ** random.choice([0, 0, 4, -12])
+            values = (
+                (torch.randn(shape, dtype=torch.float64) * scale).to(dtype)
+                if dtype.is_floating_point
+                else (torch.randint(0, 100, shape).to(dtype))
+            )
+            raw(tensor.actual).copy_(raw(values))
+            raw(tensor.expected).copy_(raw(values))
+        return tensor
+
+    def call(
+        self,
+        kernel: str,
+        gives: Sequence[Tensor | None],
+        gets: Sequence[Tensor | None],
+        intervals: Intervals = (),
+        *,
+        columns: int,
+        first_has_it: bool = False,
+        bytewise: bool = False,
+        agree: Any = None,
+        only: Sequence[int] | None = None,
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Queue an operation: a kernel for each group of ranks that share a launch."""
+        present = [tensor for tensor in (*gives, *gets) if tensor is not None]
+        base = Call(timeout=self.timeout)
+        size = present[0].expected.element_size() if present else 1
+        unit = size if bytewise else 1
+        if present:
+            base.rows = present[0].expected.shape[0]
+            base.columns = columns * unit
+            covered = 0
+            for rank, (start, end) in enumerate(intervals):
+                begin = min(max(start, covered), end) if first_has_it else start
+                covered = max(covered, end)
+                base.begin[rank], base.end[rank], base.skip[rank] = (
+                    begin * unit,
+                    end * unit,
+                    (begin - start) * unit,
+                )
+            told = (kernel, base.rows, base.columns, list(base.begin), list(base.end), list(base.skip), agree)
+            base.signature = zlib.crc32(repr(told).encode())
+        blocks, threads = min(random.choice([1, 1, 2, 3, 5]), self.most_blocks), random.choice([32, 32, 64])
+        careful = "small" not in kernel
+        for group in groups or [[rank] for rank in self.everyone()]:
+            ranks = [rank for rank in group if only is None or rank in only]
+            if not ranks:
+                continue
+            call = Call.from_buffer_copy(base)
+            brings = False
+            for member, rank in zip(call.members, ranks, strict=False):
+                member.rank = self.rooms[rank].address
+                own = [tensor for tensor in (gives[rank], gets[rank]) if tensor is not None]
+                if (source := gives[rank]) is not None:
+                    member.input, member.input_stride = source.address, source.step * unit
+                    member.role |= GIVES
+                if (target := gets[rank]) is not None:
+                    member.output, member.output_stride = target.address, target.step * unit
+                    member.role |= GETS
+                if not careful or all(tensor.plain for tensor in own):
+                    member.role |= PLAIN
+                brings |= bool(own)
+            if not brings and random.random() < 0.5:
+                # A rank call without a tensor knows nothing of the operation.
+                call.signature = call.rows = call.columns = 0
+            # Ranks that only come have one block of a kernel that moves nothing.
+            self.jobs.append(Job(kernel if brings else "take", call, ranks, blocks if brings else 1, threads))
+        roles = [(gives[rank] is not None, gets[rank] is not None) for rank in self.everyone()]
+        self.said.append(
+            f"{kernel}: rows {base.rows}, columns {base.columns}, {list(intervals)}, gives and gets {roles}, "
+            f"plain {[tensor.plain for tensor in present]}, only {only}, groups {groups}, "
+            f"blocks {blocks} of {threads}"
+        )
+
+    def all_reduce(
+        self, tensors: Sequence[Tensor | None], gives: Sequence[bool], *, small: bool, **options: Any
+    ) -> None:
+        """Sum in place; a rank without a tensor takes no part, and one that doesn't give only receives."""
+        sources = [tensor if give else None for tensor, give in zip(tensors, gives, strict=True)]
+        parts = [source.expected for source in sources if source is not None]
+        name = f"all_reduce_{'small' if small else 'large'}_{NAMES[parts[0].dtype]}"
+        self.call(name, sources, tensors, columns=parts[0].shape[1], **options)
+        total = raw(summed(parts))
+        for tensor in tensors:
+            if tensor is not None:
+                raw(tensor.expected).copy_(total)
+
+    def reduce_scatter(
+        self,
+        sources: Sequence[Tensor | None],
+        targets: Sequence[Tensor | None],
+        intervals: Intervals,
+        **options: Any,
+    ) -> None:
+        """Each rank gets its columns of the sum."""
+        present = [source for source in sources if source is not None]
+        columns = present[0].expected.shape[1]
+        name = f"reduce_scatter_{NAMES[present[0].expected.dtype]}"
+        self.call(name, sources, targets, intervals, columns=columns, **options)
+        total = raw(summed([source.expected for source in present]))
+        for target, (start, end) in zip(targets, intervals, strict=True):
+            if target is not None:
+                raw(target.expected).copy_(total[:, start:end])
+
+    def gather(
+        self,
+        parts: Sequence[Tensor | None],
+        targets: Sequence[Tensor | None],
+        intervals: Intervals,
+        **options: Any,
+    ) -> None:
+        """Who has a target gets the parts side by side; columns that several have are the first's."""
+        columns = max(end for _, end in intervals)
+        self.call(
+            "take", parts, targets, intervals, columns=columns, bytewise=True, first_has_it=True, **options
+        )
+        for target in targets:
+            covered = 0
+            for part, (start, end) in zip(parts, intervals, strict=True):
+                begin = max(start, covered)
+                if part is not None and begin < end and target is not None:
+                    raw(target.expected)[:, begin:end].copy_(raw(part.expected)[:, begin - start :])
+                covered = max(covered, end)
+
+    def broadcast(self, root: int, source: Tensor, targets: Sequence[Tensor | None], **options: Any) -> None:
+        """Who has a target gets the source."""
+        columns = source.expected.shape[1]
+        intervals = [(0, columns if rank == root else 0) for rank in self.everyone()]
+        gives = [source if rank == root else None for rank in self.everyone()]
+        self.call("take", gives, targets, intervals, columns=columns, bytewise=True, agree=root, **options)
+        for target in targets:
+            if target is not None:
+                raw(target.expected).copy_(raw(source.expected).clone())
+
+    def barrier(self, **options: Any) -> None:
+        """All wait for all."""
+        nobody: list[Tensor | None] = [None] * self.count
+        self.call("take", nobody, nobody, columns=0, **options)
+
+    def write_word(self, address: int, value: int, pauses: int) -> None:
+        """Let the host write a word while kernels run."""
+        self.jobs.append(Job("", Write(address, value, pauses), [NOBODY]))
+
+    def run(self) -> None:
+        """Run what was queued."""
+        regions = [
+            Region(pages.address, pages.size, mask)
+            for rank in self.everyone()
+            for pages, mask in (
+                (self.rooms[rank], self.mask(rank)),
+                (self.arenas[2 * rank].pages, self.mask(rank)),
+                (self.arenas[2 * rank + 1].pages, 1 << rank),
+            )
+        ]
+        staging = f"{self.slots} slots of {self.slot_bytes} bytes in {self.staging_blocks} blocks"
+        print(f"reaches {self.reaches}, {staging}", *self.said, sep="\n")  # noqa: T201  shown where a test fails
+        jobs, self.jobs = self.jobs, []
+        # Opening and closing pages takes most of the time of a run, so not all do.
+        self.kernels.run(jobs, random.choice([regions, []]))
+
+    def check(self) -> None:
+        """Run what was queued; all ranks must have ended well, and all tensors be as expected."""
+        self.run()
+        states = [
+            (status.state, status.sequence, bin(status.missing))
+            for status in map(self.status, self.everyone())
+        ]
+        assert all(state == 0 for state, _, _ in states), f"state, sequence, missing of each: {states}"
+        sequences = {(self.record(rank).sequence, self.record(rank).leaving) for rank in self.everyone()}
+        assert len(sequences) == 1
+        for index, arena in enumerate(self.arenas):
+            arena.check(index // 2)
+        self.said = []
+
+
+def groups_of(reaches: list[list[bool]]) -> list[list[int]]:
+    """Ranks in launches, some together: as if on one device, they reach each other and the same others."""
+    groups: list[list[int]] = []
+    for rank in range(len(reaches)):
+        for group in groups:
+            first = group[0]
+            alike = reaches[first] == reaches[rank] and all(row[first] == row[rank] for row in reaches)
+            if alike and reaches[first][rank] and reaches[rank][first] and random.random() < 0.5:
+                group.append(rank)
+                break
+        else:
+            groups.append([rank])
+    random.shuffle(groups)
+    return groups
+
+
+def intervals_of(columns: int, ranks: int, *, overlap: bool) -> list[tuple[int, int]]:
+    """Columns of every rank, some of none; with `overlap` some begin before the last ends."""
+    cuts = sorted([0, columns, *(random.randint(0, columns) for _ in range(ranks - 1))])
+    if ranks > 1 and random.random() < 0.3:
+        # Widths of 16 bytes for the widest accesses.
+        cuts = [cut // 16 * 16 for cut in cuts[:-1]] + [columns]
+    intervals = list(pairwise(cuts))
+    if overlap:
+        intervals = [
+            (start - random.randint(0, min(start, 3)) if end > start else start, end)
+            for start, end in intervals
+        ]
+    return intervals
