@@ -336,7 +336,9 @@ impl Drop for Cuda {
         // device only, while others still write there.
         self.rooms.stop();
         for machine in &self.machines {
-            if let Err(error) = machine.context().synchronize() {
+            // Once more: a wait that failed has not waited.
+            let waited = machine.context().synchronize().or_else(|_| machine.context().synchronize());
+            if let Err(error) = waited {
                 tracing::warn!(%error, "could not wait for a device before its memory is freed");
             }
         }
