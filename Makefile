@@ -14,6 +14,7 @@ UV_VERSION := 0.13.9
 CARGO_DENY_VERSION := 0.20.2
 CARGO_FUZZ_VERSION := 0.13.2
 FUZZ_RUNS ?= 1000000
+SCHEDULES ?= 100000
 SECONDS ?= 60
 SEED ?=
 # Small models on one thread each, in as many processes as there are cores.
@@ -40,7 +41,7 @@ export UV_PYTHON_DOWNLOADS := never
 # A virtual environment that is active in the caller's shell is none of this one's business.
 unexport VIRTUAL_ENV CONDA_PREFIX
 
-.PHONY: help run test lint types deny doc kernels ptx emulate test-rust test-python test-architectures wheel bench fuzz faults soak fmt lock clean
+.PHONY: help run test lint types deny doc kernels ptx emulate test-rust test-python test-architectures wheel bench fuzz faults soak schedules fmt lock clean
 
 help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +59,7 @@ test: lint types deny doc kernels test-rust test-python ## Set everything up and
 lint: .venv/.requirements ## Formatters and linters of Rust and Python
 	cargo fmt --check
 	cargo fmt --check --manifest-path $(STUB)
+	cargo fmt --check --manifest-path tests/schedules/Cargo.toml
 	cargo clippy --locked --all-targets --no-default-features -- -D warnings
 	cargo clippy --locked --all-targets --features $(FEATURES) -- -D warnings
 	cargo clippy --locked --offline --manifest-path $(STUB) --target-dir target/stub-cuda -- -D warnings
@@ -121,6 +123,9 @@ faults: ## Let every driver call fail on the stub driver, and write docs/faults.
 
 soak: ## Random operations, faults and stalls on the stub driver for SECONDS, or one round of SEED
 	env SECONDS=$(SECONDS) SEED=$(SEED) cargo test --locked --features cuda-pin --test soak long -- --ignored --nocapture
+
+schedules: ## The meeting of CPU ranks in SCHEDULES random orders of its threads, and as many of another kind
+	cargo run --quiet --release --locked --manifest-path tests/schedules/Cargo.toml -- $(SCHEDULES)
 
 fmt: .venv/.requirements ## Format Rust and Python, mend what the linter can
 	cargo fmt

@@ -9,8 +9,7 @@
 
 // How a large sum is shared.
 struct Sharing {
-    u32 present;  // ranks
-    u32 givers;   // of them
+    u32 givers;   // ranks
     u32 other;    // than this one, where there are two
     u32 chunks;   // of this block
     bool both;    // two ranks that do not reach each other
@@ -19,8 +18,9 @@ struct Sharing {
     bool wide;    // all tensors aligned
 
     __device__ __noinline__ Sharing(const Staging &staging, const Line &own, u32 size)
-        : present(0), givers(0), other(staging.rank->rank), kept(false), told(false) {
+        : givers(0), other(staging.rank->rank), kept(false), told(false) {
         u64 bits = own.data | own.stride | own.width;
+        u32 present = 0;
 #pragma unroll 1
         for (u32 peer = 0; peer < staging.rank->ranks; ++peer) {
             if (!staging.meeting.present(peer)) continue;

@@ -14,10 +14,9 @@ __device__ __forceinline__ bool all_direct(const Call &call, const Meeting &meet
 // Announces, meets, works and leaves. `work` returns whether it came to its end.
 template <class Work> __device__ __forceinline__ void together(const Call &call, Work work) {
     Meeting &meeting = shared_by_block<Meeting>();
-    const u64 sequence = announce<true>(call);
-    const bool brings = (call.role() & (GIVES | GETS)) != 0;
-    const bool done = meet(call, sequence, meeting) && brings && work(meeting);
-    leave(call, sequence, done ? &meeting : nullptr);
+    const bool came = meet(call, announce<true>(call), meeting);
+    const bool done = came && (call.role() & (GIVES | GETS)) != 0 && work(meeting);
+    leave(call, meeting.sequence, done ? &meeting : nullptr);
 }
 
 // A rank without a part, which shares a launch with ranks that have one, waits for all letters: so it is never two
