@@ -190,8 +190,10 @@ class _Runner:
             raise TPError(message)
 
     def unload(self) -> None:
-        self.capture.unload()
+        # A generation that is under way ends at its next step, with an error. Only then its memory is
+        # given back.
         self.ranks.close()
+        self.capture.unload()
         if self.on_gpus:
             for model in self.models:
                 _let_go(model)

@@ -224,11 +224,12 @@ class CudaRecorder:
         return self._ranks.link(0).epoch != self._epoch
 
     def check(self) -> None:
-        """Raise if a rank did not come to a collective, or if the graphs' communicator was replaced.
+        """Raise if the model was unloaded, a rank did not come, or the communicator was stopped.
 
         Raises:
             TPError: What was computed since is worth nothing. The next generation records anew.
         """
+        self._ranks.check_open()
         if self.stale():
             message = (
                 "a call of the model in another thread failed, and this generation with it; start it again"
