@@ -148,12 +148,18 @@ pub enum Error {
     },
 
     /// The CUDA driver refused a call.
-    #[error("{call} failed on {device}: {name} ({code}): {remedy}")]
+    #[error(
+        "{call} failed on {device}{}: {name} ({code}): {remedy}",
+        rank.map_or_else(String::new, |rank| format!(" for rank {rank}"))
+    )]
     Driver {
         /// The driver function.
         call: &'static str,
         /// The device, or `the driver` where the call concerns none.
         device: String,
+        /// The rank of a communicator that the call was made for, the first of those that share a launch; `None` where
+        /// it concerns none.
+        rank: Option<usize>,
         /// The driver's name of the error.
         name: String,
         /// The driver's code.
@@ -204,6 +210,15 @@ impl Error {
             Self::CollectiveTimeout { .. } => Kind::Timeout,
             Self::Aborted { .. } => Kind::Aborted,
         }
+    }
+
+    /// The same error, saying which rank a driver's call was made for.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn of_rank(mut self, of: usize) -> Self {
+        if let Self::Driver { rank, .. } = &mut self {
+            rank.get_or_insert(of);
+        }
+        self
     }
 
     /// Shorthand for [`Error::InvalidArgument`].

@@ -227,7 +227,10 @@ impl Bench {
 /// Checks that an error says what failed and where.
 pub(crate) fn names(error: &Error, call: &str, code: i32) {
     match error {
-        Error::Driver { call: named, device, code: given, remedy, .. } => {
+        Error::Driver { call: named, device, rank, code: given, remedy, .. } => {
+            // These are only made for a rank.
+            let of_rank = ["cuMemcpy2DAsync_v2", "cuStreamIsCapturing", "cuStreamWaitEvent", "cuEventRecord"];
+            assert!(rank.is_some() || !of_rank.contains(named), "{error}");
             // What fails while something is given back is logged; a context that it breaks tells the next call.
             let given_back = is_sticky(code) && (is_release(call) || call.starts_with("cuCtx"));
             assert!(*given == code && (*named == call || given_back), "{call} gave {code}: {error}");

@@ -170,7 +170,7 @@ impl Cuda {
                 Some(value) => self.wait_for_word(copy, value),
                 None => self.synchronize(copy.rank, copy.stream),
             };
-            result = result.and(waited);
+            result = result.and(waited.map_err(|error| error.of_rank(copy.rank)));
         }
         result
     }
@@ -185,7 +185,8 @@ impl Cuda {
     ) -> Result<()> {
         let Some(first) = copies.first() else { return Ok(()) };
         let bytes = copies.iter().map(|copy| copy.from.bytes()).fold(0, usize::saturating_add);
-        let pinned = pointer::pinned(self.machine(first.rank)?.context(), host.data as u64)?;
+        let pinned = pointer::pinned(self.machine(first.rank)?.context(), host.data as u64)
+            .map_err(|error| error.of_rank(first.rank))?;
         for (index, copy) in copies.iter().enumerate() {
             let same = |other: &&Copy<'_>| {
                 other.stream == copy.stream && self.seats.get(other.rank) == self.seats.get(copy.rank)
@@ -195,9 +196,10 @@ impl Cuda {
             }
             let group: Vec<_> = copies.iter().filter(same).copied().collect();
             let context = self.machine(copy.rank)?.context();
-            let blocking = blocking && !capturing(context, copy.stream)?;
+            let of_rank = |error: Error| error.of_rank(copy.rank);
+            let blocking = blocking && !capturing(context, copy.stream).map_err(of_rank)?;
             if pinned && bytes <= KERNEL_BELOW {
-                if let Some(value) = self.copy_by_kernel(&group, blocking)? {
+                if let Some(value) = self.copy_by_kernel(&group, blocking).map_err(of_rank)? {
                     waits.push((copy, Some(value)));
                 }
                 continue;
@@ -206,7 +208,7 @@ impl Cuda {
                 waits.push((copy, None));
             }
             for copy in &group {
-                self.copy_by_engine(copy)?;
+                self.copy_by_engine(copy).map_err(|error| error.of_rank(copy.rank))?;
             }
         }
         Ok(())

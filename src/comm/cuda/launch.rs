@@ -136,7 +136,7 @@ impl Cuda {
         let mut members = [Member::default(); MOST_RANKS];
         for ((rank, member), pair) in members.iter_mut().enumerate().zip(pairs) {
             let careful = kernel != Kernel::Sum(Sum::Small, first.dtype);
-            *member = self.member(rank, pair, unit, careful)?;
+            *member = self.member(rank, pair, unit, careful).map_err(|error| error.of_rank(rank))?;
         }
         Ok(Prepared { kernel, blocks, call, members })
     }
@@ -219,6 +219,7 @@ impl Cuda {
         unsafe {
             machine.kernels.module.launch(function, (blocks, together), THREADS, stream, &mut parameters)
         }
+        .map_err(|error| error.of_rank(*first))
     }
 
     /// Adds every rank's columns of its source to its target. Ranks do not meet.
@@ -245,8 +246,9 @@ impl Cuda {
             let mut parameters: [*mut c_void; 1] = [(&raw mut call).cast()];
             // SAFETY: as in `launch`.
             unsafe {
-                machine.kernels.module.launch(function, (blocks, 1), THREADS, *stream, &mut parameters)?;
-            };
+                machine.kernels.module.launch(function, (blocks, 1), THREADS, *stream, &mut parameters)
+            }
+            .map_err(|error| error.of_rank(rank))?;
         }
         Ok(())
     }
@@ -259,7 +261,7 @@ impl Cuda {
             .map(|queue| queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
             .collect();
         for ((rank, queue), stream) in locks.iter_mut().enumerate().zip(streams) {
-            self.order(rank, *stream, queue)?;
+            self.order(rank, *stream, queue).map_err(|error| error.of_rank(rank))?;
         }
         let mut launched = [false; MOST_RANKS];
         for rank in 0..self.ranks() {

@@ -285,7 +285,7 @@ impl Backend for Cuda {
         self.look(operation.name())?;
         check::alone(&operation, rank, &pair, &self.devices)?;
         let prepared = self.prepare_one(&operation, rank, &pair)?;
-        self.launch_alone(rank, &prepared, raw(stream))
+        self.launch_alone(rank, &prepared, raw(stream)).map_err(|error| error.of_rank(rank))
     }
 
     fn check(&self, operation: &'static str) -> Result<()> {
@@ -324,7 +324,7 @@ impl Backend for Cuda {
 
     fn wait(&self, streams: &[Stream]) -> Result<()> {
         for (rank, stream) in streams.iter().enumerate() {
-            self.synchronize(rank, raw(*stream))?;
+            self.synchronize(rank, raw(*stream)).map_err(|error| error.of_rank(rank))?;
         }
         self.look("wait")
     }

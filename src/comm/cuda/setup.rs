@@ -299,18 +299,20 @@ impl Plan<'_> {
         let mut devices = Vec::with_capacity(self.ranks);
         for (rank, bytes) in map.own_bytes.iter().enumerate() {
             if let Some(machine) = self.machine(rank) {
-                devices.push(DeviceMemory::zeroed(machine.context(), *bytes, &machine.stream)?);
+                let memory = DeviceMemory::zeroed(machine.context(), *bytes, &machine.stream);
+                devices.push(memory.map_err(|error| error.of_rank(rank))?);
             }
         }
         let bases: Vec<u64> = devices.iter().map(DeviceMemory::address).collect();
         let mut host_bases = Vec::with_capacity(self.ranks);
         for (rank, base) in bases.iter().enumerate() {
             let Some(machine) = self.machine(rank) else { continue };
-            let host_base = host.address(machine.context())?;
+            let host_base = host.address(machine.context()).map_err(|error| error.of_rank(rank))?;
             host_bases.push(host_base);
             let record = self.record(rank, &map, &bases, host_base);
             // SAFETY: the rank's memory begins with room for its record.
-            unsafe { write(machine.context(), &machine.stream, *base, &record)? };
+            unsafe { write(machine.context(), &machine.stream, *base, &record) }
+                .map_err(|error| error.of_rank(rank))?;
         }
         Ok(Rooms { _devices: devices, host, records: bases, connected: self.connected(), map, host_bases })
     }

@@ -54,6 +54,7 @@ pub(crate) fn check(call: &'static str, device: Option<usize>, code: CUresult) -
     Err(Error::Driver {
         call,
         device: device.map_or_else(|| "the driver".to_owned(), |index| format!("cuda:{index}")),
+        rank: None,
         name,
         code: code as i32,
         remedy: remedy(code).to_owned(),
