@@ -74,6 +74,10 @@ __device__ __forceinline__ u64 nanoseconds() {
     return value;
 }
 
+// All threads of a warp. Votes and exchanges are for whole warps only: those of the threads that `__activemask` happens to
+// find together have been seen to wait for each other forever.
+constexpr u32 WARP = 0xffffffff;
+
 // The thread's place in its warp.
 __device__ __forceinline__ u32 lane() {
     u32 value;

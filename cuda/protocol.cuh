@@ -167,17 +167,20 @@ __device__ __noinline__ u32 absent(const Rank *rank) {
     return missing;
 }
 
-// Ends waits. Its `over` is asked at every fruitless look and does something at every 1024th only.
+// Ends waits. Its `over` is asked at every fruitless look and does something at every 1024th only. Once over, it stays
+// so: a wait may look in two places.
 struct Patience {
     const Call &call;
     u32 looks = 0;
+    bool ended = false;
     u64 since = 0;
 
     __device__ explicit Patience(const Call &call) : call(call) {}
 
     // Whether waiting for `peer` has to end.
     __device__ bool over(u32 peer) {
-        return (++looks & 1023) == 0 && ask(peer);
+        if (!ended && (++looks & 1023) == 0) ended = ask(peer);
+        return ended;
     }
 
   private:
@@ -229,19 +232,6 @@ template <bool ADDRESSES> __device__ __forceinline__ u64 announce(const Call &ca
         store_volatile(letter + 2, make_uint4((u32)stride, sequence, (u32)(stride >> 32), sequence));
     }
     return whole;
-}
-
-// Lets one thread of a warp look until `part` is there, before the others look for theirs. Where that is in host memory,
-// looks of all would fill the link and delay what they wait for.
-__device__ __forceinline__ void look_alone(Patience &patience, const uint4 *part, u32 sequence, u32 peer) {
-    const u32 together = __activemask();
-    if (lane() == 31 - __clz(together)) {
-        for (;;) {
-            const uint4 value = load_volatile(part);
-            if ((value.y == sequence && value.w == sequence) || patience.over(peer)) break;
-        }
-    }
-    __syncwarp(together);
 }
 
 // Reads one part of a letter once it is there.
@@ -335,7 +325,7 @@ __device__ __noinline__ void leave(const Call &call, u64 sequence, const Meeting
         last = atomicAdd(&rank->leaving, 1) == gridDim.x - 1;
         __threadfence();
     }
-    if (__shfl_sync(0xffffffff, last, 0) == 0) return;
+    if (__shfl_sync(WARP, last, 0) == 0) return;
     const u32 peer = threadIdx.x;
     if (meeting != nullptr && peer < rank->ranks && peer != rank->rank && meeting->present(peer)) {
         store_release(&rank->out[peer]->finished.value, sequence);

@@ -48,7 +48,7 @@ template <class T> struct Eight {
     }
 };
 
-// What one thread knows of the ranks that a small sum meets.
+// What one thread knows of the ranks that a small sum meets. The threads of a warp wait together.
 struct Company {
     const Call &call;
     Rank *rank;
@@ -61,24 +61,41 @@ struct Company {
         : call(call), rank(call.rank()), patience(call), sequence(sequence), known(1u << rank->rank),
           givers(call.gives() ? known : 0) {}
 
-    // Waits for what a peer pushed, if it gives anything. The letter is looked for at the same time: before it has come,
-    // nobody knows whether the peer made the same call.
-    __device__ __forceinline__ bool receive_from(u32 peer, const uint4 *pushed, uint4 &words) {
+    __device__ bool gives(u32 peer) const { return (givers >> peer & 1) != 0; }
+
+    // Looks for a peer's letter. False: the peer made another call.
+    __device__ __forceinline__ bool look_for_letter(u32 peer) {
+        const uint4 what = load_volatile((const uint4 *)&rank->seen[peer][sequence & 1]);
+        if (what.y != sequence || what.w != sequence) return true;
+        if (!agrees(call, peer, what)) return false;
+        known |= 1u << peer;
+        if ((what.z & GIVES) != 0) givers |= 1u << peer;
+        return true;
+    }
+
+    // Waits for what a peer pushed for each thread that has a `part`, if the peer gives anything. The letter is looked
+    // for at the same time: before it has come, nobody knows whether the peer made the same call. Called by whole
+    // warps, whose threads all return the same.
+    __device__ __forceinline__ bool receive_from(u32 peer, const uint4 *pushed, bool part, uint4 &words) {
+        const bool far = (rank->reached >> peer & 1) == 0;
+        bool come = false;
         for (;;) {
-            words = load_volatile(pushed);
-            if ((known >> peer & 1) == 0) {
-                const uint4 what = load_volatile((const uint4 *)&rank->seen[peer][sequence & 1]);
-                if (what.y == sequence && what.w == sequence) {
-                    if (!agrees(call, peer, what)) return false;
-                    known |= 1u << peer;
-                    if ((what.z & GIVES) != 0) givers |= 1u << peer;
-                }
+            bool alive = true;
+            if (!come) {
+                if (part) words = load_volatile(pushed);
+                if ((known >> peer & 1) == 0) alive = look_for_letter(peer);
+                come = (known >> peer & 1) != 0 && (!part || !gives(peer) || (words.y == sequence && words.w == sequence));
             }
-            if ((known >> peer & 1) != 0) {
-                if ((givers >> peer & 1) == 0 || (words.y == sequence && words.w == sequence)) return true;
-                if ((rank->reached >> peer & 1) == 0) look_alone(patience, pushed, sequence, peer);
+            const u32 waiting = __ballot_sync(WARP, !come);
+            if (waiting == 0) return true;
+            // In host memory one thread looks until its part is there, before the others look for theirs: looks of all
+            // would fill the link and delay what they wait for.
+            if (far && lane() == 31 - __clz(waiting) && (known >> peer & 1) != 0) {
+                do words = load_volatile(pushed);
+                while ((words.y != sequence || words.w != sequence) && !patience.over(peer));
             }
-            if (patience.over(peer)) return false;
+            if (!come && alive) alive = !patience.over(peer);
+            if (!__all_sync(WARP, alive)) return false;
         }
     }
 };
@@ -113,15 +130,17 @@ template <class T> __device__ __forceinline__ void all_reduce_small(const Call &
             store_volatile((uint4 *)((u8 *)rank->out[peer] + area) + pack, words);
         }
     }
+    // Nobody may leave a warp whose other threads vote.
     bool alive = load_volatile(&rank->broken) == 0;
     const u32 writer = threadIdx.x;
     if (alive && blockIdx.x == 0 && writer < rank->ranks && (rank->reached >> writer & 1) == 0 && writer != rank->rank) {
         uint4 letter;
         alive = read_letter(call, sequence, writer, &letter, false);
     }
+    alive = __all_sync(WARP, alive);
     Company company(call, sequence);
 #pragma unroll 1
-    for (u64 pack = mine; alive && pack < packs; pack += step) {
+    for (u64 pack = mine; alive && pack - lane() < packs; pack += step) {
         Pack<T, 8> sum;
         bool first = true;
 #pragma unroll 1
@@ -133,9 +152,9 @@ template <class T> __device__ __forceinline__ void all_reduce_small(const Call &
             } else {
                 uint4 words;
                 const uint4 *pushed = (const uint4 *)((u8 *)rank->in[peer] + area) + pack;
-                alive = company.receive_from(peer, pushed, words);
+                alive = company.receive_from(peer, pushed, pack < packs, words);
                 if (!alive) break;
-                if ((company.givers >> peer & 1) == 0) continue;
+                if (!company.gives(peer)) continue;
                 part.vector = make_uint2(words.x, words.z);
             }
             sum.add(part.elements, first);

@@ -60,7 +60,7 @@ struct Fiber {
 };
 
 struct Warp {
-    u32 mask, arrived, turn;
+    u32 arrived, turn;
     u32 values[2][32];
 };
 
@@ -156,27 +156,22 @@ bool barrier(bool value, bool votes) {
     return block.vote[turn & 1];
 }
 
-u32 exchange(u32 mask, u32 value, u32 from) {
+const u32 *exchange(u32 value) {
     const u32 me = device.running->thread, place = me % 32;
-    if (mask == 1u << place) return value;
     Block &block = *device.running->block;
     Warp &warp = block.warps[me / 32];
-    const bool alike = warp.arrived == 0 || warp.mask == mask;
-    if (!alike || (mask >> place & 1) == 0) complain("different masks in a warp", nullptr);
-    warp.mask = mask;
-    warp.arrived |= 1u << place;
     const u32 turn = warp.turn;
     warp.values[turn & 1][place] = value;
-    if (warp.arrived != mask) {
+    if (++warp.arrived < 32) {
         while (warp.turn == turn) to_scheduler(false);
     } else {
         warp.arrived = 0;
         ++warp.turn;
         for (u32 other = 0; other < 32; ++other) {
-            if ((mask >> other & 1) != 0 && other != place) block.ready.push_back(me / 32 * 32 + other);
+            if (other != place) block.ready.push_back(me / 32 * 32 + other);
         }
     }
-    return warp.values[turn & 1][from];
+    return warp.values[turn & 1];
 }
 
 static void execute(const Launch &launch) {

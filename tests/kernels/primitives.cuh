@@ -42,8 +42,8 @@ void rarely_pause();
 u64 now();
 // Waits for all threads of the block; whether `value` was true for any.
 bool barrier(bool value, bool votes);
-// Waits for the threads of the warp in `mask`; the value that lane `from` brought.
-u32 exchange(u32 mask, u32 value, u32 from);
+// Waits for all threads of the warp; the values that they brought.
+const u32 *exchange(u32 value);
 void *shared(size_t bytes);
 // Tells the test what is wrong.
 void complain(const char *what, const void *at);
@@ -120,10 +120,27 @@ inline void __threadfence() { emulation::maybe_pause(); }
 inline void __threadfence_system() { emulation::maybe_pause(); }
 inline void __syncthreads() { emulation::barrier(false, false); }
 inline bool __syncthreads_or(bool value) { return emulation::barrier(value, true); }
-inline void __syncwarp(u32 mask = 0xffffffff) { emulation::exchange(mask, 0, lane()); }
-inline u32 __shfl_sync(u32 mask, u32 value, u32 from) { return emulation::exchange(mask, value, from); }
-// Threads that happen to be at the same place are never together here.
-inline u32 __activemask() { return 1u << lane(); }
+// Of whole warps only, as the kernels use them.
+constexpr u32 WARP = 0xffffffff;
+inline void whole(u32 mask) {
+    if (mask != WARP) emulation::complain("a part of a warp", nullptr);
+}
+inline void __syncwarp(u32 mask = WARP) {
+    whole(mask);
+    emulation::exchange(0);
+}
+inline u32 __shfl_sync(u32 mask, u32 value, u32 from) {
+    whole(mask);
+    return emulation::exchange(value)[from];
+}
+inline u32 __ballot_sync(u32 mask, bool vote) {
+    whole(mask);
+    const u32 *votes = emulation::exchange(vote);
+    u32 bits = 0;
+    for (u32 other = 0; other < 32; ++other) bits |= votes[other] << other;
+    return bits;
+}
+inline bool __all_sync(u32 mask, bool vote) { return __ballot_sync(mask, vote) == WARP; }
 inline u32 __clz(u32 value) { return value == 0 ? 32 : (u32)__builtin_clz(value); }
 
 inline u32 atomicAdd(u32 *at, u32 value) {
