@@ -7,7 +7,7 @@ mod stub;
 
 use std::collections::BTreeSet;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stub::common::next;
 use stub::jobs::{Job, Kind as Operation, Order};
@@ -186,6 +186,37 @@ fn stalls_anywhere_change_nothing() {
         live(stub, &first(3), &options(), 30);
         live(stub, &[0, 0, 1], &options(), 30);
         stub.stub_stall(0, 0);
+    });
+}
+
+#[test]
+fn a_communicator_may_end_while_ranks_of_another_wait() {
+    on_stub("a_communicator_may_end_while_ranks_of_another_wait", |stub| {
+        stub.stub_devices(2);
+        for devices in [&[0, 1][..], &[0, 0, 1]] {
+            let kept = communicator(devices, &CommOptions { timeout: Duration::from_secs(10), ..options() });
+            let streams = kept.streams();
+            let before = stub.ledger();
+            let random = Order::random(devices.len(), 4000, seed());
+            let order = Order { kind: Operation::AllReduce, dtype: DType::F16, silent: None, ..random };
+            let ended = communicator(devices, &options());
+            let mut job = Job::new(stub, devices, &order.on_devices());
+            // This thread launches all ranks: if it waited here, the first would wait for the others in vain.
+            let mut ended = Some(ended);
+            for call in job.rank_calls() {
+                let stream = streams[call.rank];
+                call.make(&kept, stream).unwrap();
+                drop(ended.take());
+            }
+            kept.wait(&streams).unwrap();
+            assert_eq!(job.verify(true), Ok(()), "{order:?} on {devices:?}");
+            drop(job);
+            let until = Instant::now() + Duration::from_secs(60);
+            while stub.ledger() != before && Instant::now() < until {
+                thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!(stub.ledger(), before);
+        }
     });
 }
 

@@ -1,5 +1,7 @@
 //! What a kind of device does for the communicator.
 
+use std::sync::Arc;
+
 use super::operation::{Operation, Pair};
 use crate::device::Stream;
 use crate::error::Result;
@@ -38,4 +40,8 @@ pub(crate) trait Backend: Send + Sync {
 
     /// Lets the ranks go on after the communicator was stopped, unless one of them is still inside a call.
     fn reset(&self) -> Result<()>;
+
+    /// Comes before the last owner is gone. Whoever has to wait for devices before memory is freed begins with it here,
+    /// and need not come to an end.
+    fn end(self: Arc<Self>) {}
 }

@@ -1,5 +1,7 @@
 //! The communicator and its list calls.
 
+use std::sync::Arc;
+
 use super::backend::Backend;
 use super::check::{self, Refusal};
 use super::cpu::Cpu;
@@ -23,9 +25,13 @@ const DEFAULT_STREAMS: [Stream; MOST_RANKS] = [Stream(0); MOST_RANKS];
 ///
 /// `streams` in list calls has one entry a rank, or none for the default streams; ranks on host memory ignore
 /// it.
+///
+/// Dropping it stops it. On CUDA devices its memory is freed once the devices have done all work that was queued before:
+/// where that takes longer than a tenth of a second, by a thread of its own. Else a rank's thread that happens to drop
+/// one communicator could keep its peers waiting in another one.
 pub struct Communicator {
     pub(super) devices: Vec<Device>,
-    pub(super) backend: Box<dyn Backend>,
+    pub(super) backend: Arc<dyn Backend>,
 }
 
 impl std::fmt::Debug for Communicator {
@@ -34,13 +40,19 @@ impl std::fmt::Debug for Communicator {
     }
 }
 
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        Arc::clone(&self.backend).end();
+    }
+}
+
 #[cfg(feature = "cuda")]
-fn on_cuda(devices: &[Device], options: &CommOptions) -> Result<Box<dyn Backend>> {
-    Ok(Box::new(super::cuda::Cuda::new(devices, options)?))
+fn on_cuda(devices: &[Device], options: &CommOptions) -> Result<Arc<dyn Backend>> {
+    Ok(Arc::new(super::cuda::Cuda::new(devices, options)?))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn on_cuda(devices: &[Device], _options: &CommOptions) -> Result<Box<dyn Backend>> {
+fn on_cuda(devices: &[Device], _options: &CommOptions) -> Result<Arc<dyn Backend>> {
     let names: Vec<_> = devices.iter().map(ToString::to_string).collect();
     let wanted = "\"cpu\" for every rank: this build of the crate is without the feature `cuda`";
     Err(Error::invalid("devices", format!("{names:?}"), wanted))
@@ -63,8 +75,8 @@ impl Communicator {
         if options.threads == Some(0) {
             return Err(Error::invalid("threads", 0, "1 or more, or none for one a core"));
         }
-        let backend: Box<dyn Backend> = if devices.iter().all(|device| *device == Device::Cpu) {
-            Box::new(Cpu::new(devices, options))
+        let backend: Arc<dyn Backend> = if devices.iter().all(|device| *device == Device::Cpu) {
+            Arc::new(Cpu::new(devices, options))
         } else {
             on_cuda(devices, options)?
         };

@@ -4,13 +4,15 @@
 //! device memory, or in pinned host memory where two devices do not reach each other; the host only launches them.
 //! Ranks of a list call that share a stream share a launch.
 
+mod ending;
 mod host;
 mod kernels;
 mod launch;
 mod layout;
 mod setup;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cudarc::driver::sys::CUstream;
@@ -41,6 +43,8 @@ pub(crate) struct Cuda {
     blocks: u32,
     pushed_below: usize,
     stopped: Mutex<Option<String>>,
+    /// Whether the devices are done with what this owns.
+    settled: AtomicBool,
 }
 
 /// Where a rank's operations go.
@@ -131,6 +135,7 @@ impl Cuda {
             blocks,
             pushed_below,
             stopped: Mutex::new(None),
+            settled: AtomicBool::new(false),
         })
     }
 
@@ -328,19 +333,8 @@ impl Backend for Cuda {
         }
         self.look("wait")
     }
-}
 
-impl Drop for Cuda {
-    fn drop(&mut self) {
-        // Kernels that still wait leave at once, and tell their peers. Freeing the memory of one device would wait for that
-        // device only, while others still write there.
-        self.rooms.stop();
-        for machine in &self.machines {
-            // Once more: a wait that failed has not waited.
-            let waited = machine.context().synchronize().or_else(|_| machine.context().synchronize());
-            if let Err(error) = waited {
-                tracing::warn!(%error, "could not wait for a device before its memory is freed");
-            }
-        }
+    fn end(self: Arc<Self>) {
+        ending::begin(&self);
     }
 }

@@ -66,6 +66,35 @@ def test_dropping_a_communicator_ends_the_kernels_that_wait(place, rank):
     synchronize()
 
 
+@pytest.mark.parametrize("launched", ["calls", "graphs"])
+def test_a_communicator_may_end_while_ranks_of_another_wait(place, launched):
+    comm, other = place.make(3, timeout=10), place.make(3)
+    tensors = [ones(1000, place.on(rank)) for rank in range(3)]
+    streams = place.streams(3)
+
+    def launch(rank):
+        with torch.cuda.stream(streams[rank]):
+            comm.rank(rank).all_reduce(tensors[rank])
+
+    graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
+    if launched == "graphs":
+        for rank, graph in enumerate(graphs):
+            with torch.cuda.device(place.on(rank)), torch.cuda.graph(graph, stream=streams[rank]):
+                comm.rank(rank).all_reduce(tensors[rank])
+    for rank in range(3):
+        if launched == "graphs":
+            with torch.cuda.stream(streams[rank]):
+                graphs[rank].replay()
+        else:
+            launch(rank)
+        # Garbage collection may do the same anywhere.
+        other = None
+    synchronize()
+    comm.check()
+    assert all(torch.equal(tensor.cpu(), torch.full((1000,), 3.0)) for tensor in tensors)
+    assert other is None
+
+
 @pytest.mark.parametrize("sizes", [(100, 101), (100, 500000), (400000, 500000)])
 def test_ranks_that_do_not_agree_are_told(place, sizes):
     comm = place.make(2, timeout=5)
