@@ -1,8 +1,10 @@
 """Steps of fixed shapes: what generate() makes of them, on CPU ranks."""
 
+import gc
 import logging
 import random
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from tp_rs.integrations.transformers.captured import Captured
 from tp_rs.integrations.transformers.captured_cache import CapturedCache
 from tp_rs.integrations.transformers.fused import Fused
 from tp_rs.integrations.transformers.recorder import PlainRecorder
+from tp_rs.integrations.transformers.seat import Seat
 from tp_rs.integrations.transformers.twin import make_twin
 
 SPLITS = Splits.of(kv=[2, 1, 0], intermediate=[24, 16, 24], vocabulary=[60, 0, 37], groups=2)
@@ -294,6 +297,38 @@ def test_what_cannot_be_recorded_runs_as_it_is(model, inputs, monkeypatch, caplo
     said = [each.getMessage() for each in caplog.records if "on purpose" in each.getMessage()]
     # Of prompts and of tokens once each, then that generations run without steps.
     assert len(said) == 3
+
+
+def test_memory_of_steps_is_free_before_a_generation_goes_on_without_them(model, inputs, monkeypatch):
+    front = load(model, plan=SPLITS, check=False, capture=True)
+    # A type that is not known to work is tried first.
+    front.tp_rs_runner.capture.ready(1, 1)
+    taken = []
+    step, eager = Seat.step, type(front.tp_rs_runner)._step  # noqa: SLF001  what runs without steps
+
+    def full(seat, *args, **named):
+        step(seat, *args, **named)
+        stored = [tensor for layer in seat.cache.layers for tensor in layer._storage or ()]  # noqa: SLF001
+        taken.extend(weakref.ref(tensor) for tensor in stored)
+        message = "on purpose"
+        raise torch.OutOfMemoryError(message)
+
+    def goes_on(runner, *args, **named):
+        still = [ref for ref in taken if ref() is not None]
+        assert not still
+        return eager(runner, *args, **named)
+
+    monkeypatch.setattr(Seat, "step", full)
+    monkeypatch.setattr(type(front.tp_rs_runner), "_step", goes_on)
+    # The collector may come at any time, or not.
+    gc.disable()
+    try:
+        got = front.generate(**inputs, do_sample=False)
+    finally:
+        gc.enable()
+        front.unload()
+    assert taken
+    assert torch.equal(got, model.generate(**inputs, do_sample=False))
 
 
 def test_compiled_layers_leave_no_trace(model):

@@ -121,6 +121,9 @@ class Captured:
         """Give everything back."""
         self.forget()
         self._choosers.clear()
+        for seat in self.seats:
+            # A cache and its layers hold each other; the collector may come much later.
+            seat.cache.resize(0, 1)
         self.seats.clear()
 
     def logits(self, batch: int) -> torch.Tensor:

@@ -136,15 +136,18 @@ class _Runner:
 
     def _run_captured(self, cache: CapturedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if cache.eager is None:
-            result = None
+            result = full = None
             try:
                 result = cache.forward(args, kwargs)
             except torch.OutOfMemoryError as error:
                 if cache.columns:
                     raise
-                self.capture.refuse(f"out of memory: {error}")
+                full = f"out of memory: {error}"
             if result is not None:
                 return result
+            if full is not None:
+                # Not before the error is gone: its traceback holds the memory that is needed now.
+                self.capture.refuse(full)
             cache.eager = self.spread(DynamicCache(config=self.models[self.lead].config))
         result = self.run(args, {**kwargs, "past_key_values": cache.eager})
         cache.columns = int(cache.eager.get_seq_length())
