@@ -12,7 +12,7 @@ import torch
 from tp_rs._native import Communicator
 from tp_rs.errors import DoesNotFit
 from tp_rs.integrations.transformers.conversion import Conversion
-from tp_rs.integrations.transformers.execution import Ranks
+from tp_rs.integrations.transformers.execution import Ranks, timeout_of
 from tp_rs.integrations.transformers.front import make_front
 from tp_rs.integrations.transformers.layout import Guesses
 from tp_rs.integrations.transformers.loader import load_rank, make_skeleton, out_of_memory
@@ -28,10 +28,7 @@ if TYPE_CHECKING:
     from tp_rs.integrations.transformers.splits import SplitSource
     from tp_rs.integrations.transformers.stub import Returns
 
-__all__ = ["TIMEOUT", "Progress", "assemble", "decide"]
-
-TIMEOUT = 600.0
-"""Seconds that a rank waits for the others: they may be in the middle of a long prompt."""
+__all__ = ["Progress", "assemble", "decide"]
 
 Progress = Callable[[int, int], None]
 """Told of a rank and the bytes that it has read so far, from the threads that read."""
@@ -85,7 +82,7 @@ def assemble(
         message = f"rank {rank}: {devices[rank]} ran out of memory while loading; give it a smaller share"
         raise DoesNotFit(message) from error.with_traceback(None)
     with ExitStack() as cleanup:
-        ranks = Ranks(communicator or Communicator(devices, TIMEOUT))
+        ranks = Ranks(communicator or Communicator(devices, timeout_of(devices)))
         cleanup.callback(ranks.close)
         returns: Returns = {}
         unlike = len({_make_of(device) for device in devices}) > 1 if one_router is None else one_router

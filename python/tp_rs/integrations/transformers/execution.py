@@ -6,7 +6,7 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,13 +17,24 @@ from tp_rs.errors import CudaError, InvalidInput, TPError
 from tp_rs.integrations.transformers.communication import Link
 from tp_rs.integrations.transformers.streams import Lane, lanes_of, leave, mark_callers, turn
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "timeout_of"]
+
+TIMEOUT = 600.0
+"""Seconds that a rank's thread waits for the others: they may be in the middle of a long prompt."""
+
+DEVICE_TIMEOUT = 120.0
+"""Seconds that a kernel waits for those of other ranks: all are launched together, behind a chunk of work."""
 
 _Job = Callable[[Link], Any]
 
 # torch keeps one number of threads for all threads that have not computed yet.
 _setting_threads = threading.Lock()
 _numbers = itertools.count()
+
+
+def timeout_of(devices: Sequence[torch.device]) -> float:
+    """Seconds that operations of a communicator on these devices wait for each other."""
+    return DEVICE_TIMEOUT if any(device.type == "cuda" for device in devices) else TIMEOUT
 
 
 class _Call:
@@ -76,7 +87,7 @@ class Ranks:
         count = len(self.devices)
         baton = Baton(count)
         self._lanes = lanes_of(self.devices)
-        self._meeting = Communicator(["cpu"] * count, communicator.timeout) if self._lanes else None
+        self._meeting = Communicator(["cpu"] * count, TIMEOUT) if self._lanes else None
         self._links = [Link(rank, communicator, baton, self._meeting) for rank in range(count)]
         self._jobs: list[_Jobs] = [queue.SimpleQueue() for _ in self._links]
         lanes: list[Lane | None] = list(self._lanes) or [None] * count

@@ -13,10 +13,11 @@ from tp_rs._native import Plan
 from tp_rs.context import TPContext
 from tp_rs.errors import InvalidInput
 from tp_rs.integrations.transformers import selfcheck
-from tp_rs.integrations.transformers.assemble import TIMEOUT, Progress, assemble, decide
+from tp_rs.integrations.transformers.assemble import Progress, assemble, decide
 from tp_rs.integrations.transformers.capture import checked_batches
 from tp_rs.integrations.transformers.captured import Room
 from tp_rs.integrations.transformers.checkpoint import Checkpoint, open_checkpoint
+from tp_rs.integrations.transformers.execution import timeout_of
 from tp_rs.integrations.transformers.layout import Guesses
 from tp_rs.integrations.transformers.room import require_room
 from tp_rs.integrations.transformers.rules import warn_of_whole
@@ -105,7 +106,11 @@ def load(
     owner = None
     if isinstance(plan, Plan):
         owner = TPContext(
-            shape, plan=plan, devices=[str(place) for place in places], timeout=TIMEOUT, force=force
+            shape,
+            plan=plan,
+            devices=[str(place) for place in places],
+            timeout=timeout_of(places),
+            force=force,
         )
     else:
         _check_splits(checkpoint, plan)

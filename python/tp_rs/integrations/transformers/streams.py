@@ -18,8 +18,9 @@ _QUEUES = 8
 """Hardware queues of a device, which the driver gives its streams in turn (CUDA_DEVICE_MAX_CONNECTIONS)."""
 
 _lock = threading.Lock()
-# Made together, so that no two are in one hardware queue: there a kernel that waits for the other rank would
-# stand before what that rank still has to do. And used again: torch's libraries keep a workspace for each.
+# Made and first used together, so that no two are in one hardware queue: there a kernel that waits for the
+# other rank would stand before what that rank still has to do. And used again: torch's libraries keep a
+# workspace for each.
 _streams: dict[torch.device, list[torch.cuda.Stream]] = {}
 _turns: dict[torch.device, threading.Lock] = {}
 _keepers: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
@@ -38,7 +39,7 @@ class Lane:
         self.device = device
         with _lock:
             if device not in _streams:
-                _streams[device] = [_new_stream(device) for _ in range(_QUEUES)]
+                _streams[device] = _together(device)
             streams = _streams[device]
             while len(streams) <= place:
                 streams.append(_new_stream(device))
@@ -61,6 +62,19 @@ class Lane:
     def hold_caller(self) -> None:
         """Let the calling thread's current stream wait for the rank's work."""
         torch.cuda.current_stream(self.device).wait_event(self._done)
+
+
+def _together(device: torch.device) -> list[torch.cuda.Stream]:
+    streams = [_new_stream(device) for _ in range(_QUEUES)]
+    # A queue may be given to a stream when it is first used, which could be long after the others.
+    word = torch.empty(1, device=device)
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            word.zero_()
+    for stream in streams:
+        stream.synchronize()
+    return streams
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:
