@@ -27,6 +27,7 @@ def load(
     devices: Iterable[object] | None = None,
     *,
     context: int | Literal["max"] | None = None,
+    cache: str | None = None,
     plan: Plan | SplitSource | None = None,
     dtype: torch.dtype | None = None,
     force: bool = False,
@@ -49,6 +50,9 @@ def load(
             share one. Left out, rank i is `cuda:i`, and one CPU rank where no GPU is.
         context: Tokens a sequence, prompt and answer together; `"max"` for as many as fit, None for the
             plan's.
+        cache: How keys and values are stored: as the model's dtype, which is `"fp16"` for float16 and
+            bfloat16 and `"fp32"` for float32 and float64. None takes the right one. Quantised ones are for
+            plans of servers that have such a cache, and refused here.
         plan: What `tp_rs.plan` made for this model, instead of `gpu_split`; or
             `tp_rs.integrations.transformers.Splits`, for splits without a plan.
         dtype: The dtype of weights and activations: float32, bfloat16, float16 or float64. None for the
@@ -74,7 +78,7 @@ def load(
         most tokens of a sequence; and `unload()`, which gives all memory back.
 
     Raises:
-        InvalidInput: An argument cannot be used, or the plan was made for another model.
+        InvalidInput: An argument cannot be used, or the plan was made for another model or a quantised cache.
         DoesNotFit: The plan does not fit, or a device ran out of memory while loading.
         ModelError: The model cannot be run over ranks; the message says why.
         FileNotFoundError: The path does not exist.
@@ -89,6 +93,7 @@ def load(
         gpu_split,
         devices,
         context=context,
+        cache=cache,
         plan=plan,
         dtype=dtype,
         force=force,

@@ -42,7 +42,8 @@ def plan(
         context: Tokens a sequence, `"max"` for as many as fit, or None for the model's own limit up to 8192.
         batch: Sequences at once.
         chunk: Tokens of a prompt that are computed at once, over all sequences.
-        cache: How keys and values are stored: `"fp32"`, `"fp16"`, `"8bit"`, `"q8"`, `"q6"` or `"q4"`.
+        cache: How keys and values are stored: `"fp32"`, `"fp16"`, `"8bit"`, `"q8"`, `"q6"` or `"q4"`. Plans
+            with the last four are for servers that have such a cache; `tp_rs.load` refuses them.
         devices: The device of every rank; several ranks may share one. Left out, rank i is `cuda:i`; without
             `gpu_split` and without a GPU, one CPU rank.
         speeds: A number a rank in proportion to its speed (GB/s of its memory). Left out, the devices'

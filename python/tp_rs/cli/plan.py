@@ -45,7 +45,9 @@ def command(
     chunk: options.Chunk = 2048,
     cache: Annotated[
         Literal["fp32", "fp16", "8bit", "q8", "q6", "q4"],
-        typer.Option(help="How keys and values are stored."),
+        typer.Option(
+            help="How keys and values are stored. tp-rs run and tp_rs.load keep them as fp16 or fp32."
+        ),
     ] = "fp16",
     weights: Annotated[
         Literal["float64", "float32", "bfloat16", "float16"] | None,

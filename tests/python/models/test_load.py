@@ -113,6 +113,40 @@ def test_plans_that_cannot_be_used(model, folder):
     front.unload()
 
 
+@pytest.mark.parametrize("cache", ["8bit", "q8", "q6", "q4"])
+@pytest.mark.parametrize("there", [True, False])
+def test_quantised_caches_are_refused_before_anything_is_read(folder, monkeypatch, cache, there):
+    plan = tp_rs.plan(folder, [1.0, 1.0], devices=CPUS, context=32, cache=cache)
+    module = sys.modules["tp_rs.integrations.transformers.load"]
+    monkeypatch.setattr(module, "open_checkpoint", lambda *_: pytest.fail("it was opened"))
+    path = folder if there else folder / "nowhere"
+    kept = r"cache=\"fp16\" \(float16 or bfloat16\) or cache=\"fp32\" \(float32\)"
+    for force in (False, True):
+        with pytest.raises(InvalidInput, match=rf"plan: it counts a '{cache}' cache.*{kept}.*of your own"):
+            tp_rs.load(path, plan=plan, force=force)
+        with pytest.raises(InvalidInput, match=rf"cache: got '{cache}'.*{kept}.*of your own"):
+            tp_rs.load(path, [1.0, 1.0], CPUS, cache=cache, force=force)
+
+
+def test_the_cache_is_the_dtypes(model, folder):
+    for dtype, cache, other in (
+        (torch.float32, "fp32", "fp16"),
+        (torch.bfloat16, "fp16", "fp32"),
+        (torch.float16, "fp16", "fp32"),
+    ):
+        refused = rf"cache: got '{other}'.*{dtype}: wanted '{cache}', or dtype=float"
+        with pytest.raises(InvalidInput, match=refused):
+            tp_rs.load(folder, [1.0, 1.0], CPUS, cache=other, dtype=dtype)
+        front = tp_rs.load(folder, [1.0, 1.0], CPUS, cache=cache, dtype=dtype, context=32)
+        assert front.plan.cache == cache
+        front.unload()
+    for cache in ("bf16", "", 16, ["fp16"], True):
+        with pytest.raises(InvalidInput, match="cache: got"):
+            tp_rs.load(folder, [1.0, 1.0], CPUS, cache=cache)
+    with pytest.raises(InvalidInput, match="cache: got 'fp32' beside plan"):
+        tp_rs.load(model, plan=SPLITS, cache="fp32")
+
+
 def test_a_model_on_devices_is_refused(model):
     placed = copy.deepcopy(model)
     placed.model.layers[2].to("meta")

@@ -14,6 +14,7 @@ from tp_rs.context import TPContext
 from tp_rs.errors import InvalidInput
 from tp_rs.integrations.transformers import selfcheck
 from tp_rs.integrations.transformers.assemble import Progress, assemble, decide
+from tp_rs.integrations.transformers.cache_type import cache_of, check_cache
 from tp_rs.integrations.transformers.capture import checked_batches
 from tp_rs.integrations.transformers.captured import Room
 from tp_rs.integrations.transformers.checkpoint import Checkpoint, open_checkpoint
@@ -42,6 +43,7 @@ def load(
     devices: Iterable[object] | None = None,
     *,
     context: int | Literal["max"] | None = None,
+    cache: str | None = None,
     plan: SplitSource | None = None,
     dtype: torch.dtype | None = None,
     force: bool = False,
@@ -58,6 +60,7 @@ def load(
         gpu_split: GiB that each rank may use.
         devices: The device of every rank.
         context: Tokens a sequence, or "max" for as many as fit.
+        cache: How keys and values are stored.
         plan: A plan made before, or `Splits`.
         dtype: The dtype of weights and activations.
         force: Load a plan that does not fit.
@@ -82,6 +85,7 @@ def load(
     if plan is not None and gpu_split is not None:
         message = "gpu_split: got it beside plan, wanted one of them"
         raise InvalidInput(message)
+    check_cache(cache, plan)
     batches = checked_batches(warmup)
     devices = None if devices is None else list(devices)
     checkpoint = open_checkpoint(model, dtype)
@@ -95,7 +99,7 @@ def load(
             context=context,
             devices=devices,
             weights=checkpoint.dtype,
-            cache="fp32" if checkpoint.dtype.itemsize > torch.float16.itemsize else "fp16",
+            cache=cache_of(checkpoint.dtype, cache),
         )
     places = _places(plan, devices)
     guesses = Guesses.ALL
