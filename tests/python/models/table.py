@@ -2,11 +2,13 @@
 
 Every causal language model of the installed transformers is built small with random weights and run whole and
 over ranks. With `--verified FILE` the types with a plan that agree are written where `load` looks them up,
-with `--captured FILE` those that also run in steps of fixed shapes.
+with `--captured FILE` those that also run in steps of fixed shapes. `--gpu FILE` runs nothing: it puts what
+try_on_gpu.py found on a GPU into docs/architectures.md, beside what is there.
 Names after the options limit the table to these types.
 """
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -17,9 +19,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gpu_columns
 import torch
 import transformers
 from architectures import NOT_BUILT, built, everything, plan_of
+from on_devices import NEW
 from transformers import PreTrainedModel
 
 from tp_rs.errors import ModelError
@@ -31,6 +35,7 @@ SPLITS = ([2, 1], [3, 0], [2, 1, 0])
 MOSTLY_WHOLE = 0.75
 NOTICED = 0.05
 LONGEST = 150
+PAGE = Path(__file__).parents[3] / "docs" / "architectures.md"
 STATES = ("sharded", "mostly whole", "refused", "not run")
 HEAD = """# Architectures
 
@@ -125,8 +130,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--verified", metavar="FILE", type=Path)
     parser.add_argument("--captured", metavar="FILE", type=Path)
+    parser.add_argument("--gpu", metavar="FILE", type=Path)
     parser.add_argument("names", nargs="*")
     options = parser.parse_args()
+    if options.gpu is not None:
+        results = json.loads(options.gpu.read_text(encoding="utf-8"))
+        PAGE.write_text(gpu_columns.merged(PAGE.read_text(encoding="utf-8"), results, NEW), encoding="utf-8")
+        return
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)

@@ -244,7 +244,7 @@ def steps(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tenso
         result = model(input_ids=ids, attention_mask=mask, use_cache=cached)
         logits = [result.logits[mask.bool()]]
         for step in range(_STEPS):
-            token = torch.full((ids.shape[0], 1), _PROMPT + step)
+            token = ids.new_full((ids.shape[0], 1), _PROMPT + step)
             ids = torch.cat([ids, token], dim=1)
             mask = torch.cat([mask, torch.ones_like(token)], dim=1)
             kept = {name: result[name] for name in _STATES if cached and result.get(name) is not None}
