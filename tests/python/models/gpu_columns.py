@@ -27,7 +27,8 @@ tokens.{prompts}
 ## Types
 
 """
-PROMPTS = """ *Prompts eager* means that only steps of single tokens are recorded: {count} types, in float32."""
+PROMPTS = """ *Prompts eager* means that
+only steps of single tokens are recorded: {count} types, in float32."""
 
 
 def merged(text, results, new):

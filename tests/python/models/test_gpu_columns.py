@@ -109,7 +109,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     file = tmp_path / "found.json"
     options = ["--device", "cpu", "--workers", "1", "--each", "300", "--out", str(file)]
     monkeypatch.setattr(sys, "argv", ["try_on_gpu.py", *options, "llama", "gemma4_assistant"])
-    try_on_gpu.main()
+    assert try_on_gpu.main() == 0
     lines = capsys.readouterr().err.splitlines()
     assert [re.sub(r"^ *\d+ s +", "", line) for line in lines] == [
         "1/2 llama: eager right",

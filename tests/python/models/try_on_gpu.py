@@ -107,7 +107,7 @@ def write(file, made, found):
 
 
 def main():
-    """Try the types, and write what came out."""
+    """Try the types, and write what came out; returns 1 where a type fails or says something else."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -141,7 +141,8 @@ def main():
         keep=keep,
     )
     write(options.out, {**made, "seconds": round(time.monotonic() - begin)}, found)
+    return int(any(each["outcome"] in {"wrong", "failed"} for one in found.values() for each in one.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -43,17 +43,53 @@ def settle(model: PreTrainedModel) -> bool | str:
     """Try our attention, then the model's own."""
     from tp_rs.integrations.transformers import selfcheck  # noqa: PLC0415  as above
 
+    try:
+        off = _padding(model)
+    except Exception as error:  # noqa: BLE001  any failure of foreign code
+        return f"a padded prompt cannot be tried: {_told(error)}"
+    if off > selfcheck.TOLERANCE:
+        return f"padding on the left changes its logits by {off:.1e} standard deviations; steps leave it out"
     reason = ""
     for own in (True, False):
         try:
             off = difference(model, own=own)
         except Exception as error:  # noqa: BLE001  any failure of foreign code
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            reason = _told(error)
             continue
         if off <= selfcheck.TOLERANCE:
             return own
         reason = f"logits of a small one are off by {off:.1e} standard deviations"
     return reason
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _padding(model: Any) -> float:
+    """How far the logits of a padded sequence are from those of it alone, as `generate` makes them."""
+    from tp_rs.integrations.transformers import selfcheck  # noqa: PLC0415  as above
+
+    def logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=1,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+            decoder_start_token_id=1,
+            use_cache=getattr(model.config, "use_cache", True),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        first: torch.Tensor = made.logits[0][0]
+        return first
+
+    ids, mask = selfcheck.prompt(model)
+    alone = ids[:1, mask[0].bool()]
+    expected = logits(alone, torch.ones_like(alone))
+    return float((logits(ids, mask) - expected).abs().max() / expected.std())
 
 
 def difference(model: PreTrainedModel, *, own: bool, kv: tuple[int, ...] = (2, 1)) -> float:

@@ -105,7 +105,6 @@ CAPTURED: dict[str, bool] = {
     "stablelm": True,
     "starcoder2": True,
     "vaultgemma": True,
-    "whisper": True,
     "xglm": False,
     "youtu": True,
 }
