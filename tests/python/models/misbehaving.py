@@ -8,7 +8,8 @@ import time
 def serve(pipe, greeting):
     """Say what a task asks for, or hang, or die."""
     pipe.send(None)
-    while (task := pipe.recv()) is not None:
+    while True:
+        task = pipe.recv()
         pipe.send(("before", greeting))
         if task.startswith("hangs"):
             time.sleep(600)

@@ -37,7 +37,8 @@ def serve(pipe, device):
     """Try one type after the other for `Workers`."""
     _quiet()
     pipe.send(None)
-    while (name := pipe.recv()) is not None:
+    while True:
+        name = pipe.recv()
         for column, found in trials(name, device):
             pipe.send((column, found))
         if torch.device(device).type == "cuda":

@@ -4,8 +4,10 @@ import multiprocessing
 import signal
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import connection
+from typing import Any
 
 _BEGIN = 120.0
 """Seconds in which a process has to be there: it imports torch."""
@@ -26,15 +28,15 @@ class Workers:
 
     Args:
         serve: What each runs: takes a pipe and `options`, sends None when it is ready and whenever a task is
-            done, and pairs in between, each a part of the task's result. It ends when it is sent None.
+            done, and pairs in between, each a part of the task's result. It is killed at the end.
         options: For `serve`.
         count: How many there are at once.
         each: Seconds that a task may take.
         seconds: Seconds for all of them.
     """
 
-    serve: object
-    options: tuple
+    serve: Callable[..., None]
+    options: tuple[Any, ...]
     count: int
     each: float
     seconds: float
