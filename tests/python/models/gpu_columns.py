@@ -117,7 +117,7 @@ def _head(results, names, new):
     eager = sum("without_prompts" in columns.get("captured", {}) for columns in results["types"].values())
     return HEAD.format(
         section=SECTION,
-        counts="\n".join(_lines(["", *used, "all"], rows)),
+        counts="\n".join(_lines(["column", *used, "all"], rows)),
         new=new,
         prompts=PROMPTS.format(count=eager) if eager else "",
         **{name: results["made"][name] for name in ("device", "torch", "transformers", "date")},

@@ -97,24 +97,22 @@ def captured(model, folder, device):
     whole = _whole(model, device, torch.float32)
     prompt = tuple(tensor.to(device) for tensor in selfcheck.prompt(model))
     expected, logits = _greedy(whole, *prompt)
+    cached = getattr(model.config, "use_cache", True)
     with loaded(model, folder, device, dtype=torch.float32, capture=True) as front:
         off = 0.0
         with told() as reasons, played() as steps:
             for _ in range(2):
                 tokens, own = _greedy(front, *prompt)
-                # After a token that differs, the texts do.
-                least = min(tokens.shape[1], expected.shape[1])
-                same = (tokens[:, :least] == expected[:, :least]).all(0)
-                alike = min(least, 1 + int(same.long().cumprod(0).sum()))
+                alike = _alike(logits, own)
                 off = max(off, _compared(logits[:alike], own[:alike]))
                 _same_tokens(expected, tokens)
         if "all" in reasons or not steps:
-            reason = reasons.get("all", "generate() asks for no cache of keys and values")
-            return {"outcome": "not captured", "reason": reason}
-        if getattr(model.config, "use_cache", True):
+            other = "its generate() does not use them" if cached else "it runs without a cache"
+            return {"outcome": "not captured", "reason": reasons.get("all", other)}
+        if cached:
             mask = {"attention_mask": prompt[1]}
             fast = front.generate_fast(prompt[0], **mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
-            _same_tokens(expected, fast[:, prompt[0].shape[1] :])
+            _same_tokens(expected, fast)
     return {"outcome": "right", "difference": off, **_named(reasons)}
 
 
@@ -198,7 +196,16 @@ def _greedy(model, ids, mask):
         use_cache=getattr(model.config, "use_cache", True),
         logits_processor=LogitsProcessorList([keeps]),
     )
-    return tokens[:, ids.shape[1] :], keeps.logits
+    return tokens, keeps.logits
+
+
+def _alike(whole, own):
+    """How many steps had the same texts before them: after a token that differs, texts do."""
+    pairs = list(zip(whole, own, strict=False))
+    others = (
+        step for step, (one, other) in enumerate(pairs) if not torch.equal(one.argmax(-1), other.argmax(-1))
+    )
+    return 1 + next(others, len(pairs) - 1)
 
 
 def _compared(whole, own):
