@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from kernel_ranks import FLOATS, Ranks, Tensor
-from kernels_on_cpu import DISAGREED, TIMED_OUT, TOLD_BY_HOST, TOLD_BY_PEER, Kernels
+from kernel_ranks import FLOATS, LETTER_BYTES, Ranks, Tensor
+from kernels_on_cpu import DISAGREED, GETS, GIVES, TIMED_OUT, TOLD_BY_HOST, TOLD_BY_PEER, Kernels
 from test_kernels_on_cpu import REACH, reach_of
 from test_kernels_on_cpu import kernels as kernels  # noqa: PLC0414  the fixture
 
@@ -77,6 +77,30 @@ def test_a_rank_that_never_comes_is_named(kernels: Kernels, operation: str, reac
     ranks.run()
     assert all(ranks.status(rank).state in {0, TOLD_BY_PEER} for rank in absent)
     assert all(ranks.record(rank).leaving == 0 for rank in ranks.everyone())
+
+
+@pytest.mark.parametrize("columns", [1, 300])
+@pytest.mark.parametrize("reach", REACH)
+def test_a_rank_that_comes_and_brings_nothing_is_named(kernels: Kernels, reach: str, columns: int) -> None:
+    ranks = ranks_of(kernels, reach)
+    waiting, lost = random.sample(list(ranks.everyone()), 2)
+    others = [rank for rank in ranks.everyone() if rank != lost]
+    ranks.timeout = 10_000
+    # One thread waits alone, or most of a warp.
+    add(ranks, "small", others, columns)
+    signature = ranks.jobs[0].parameter.signature
+    # The first operation is number 1. Only one rank hears of it.
+    letter = ranks.record(waiting).inboxes[lost] + LETTER_BYTES
+    for place, word in enumerate((signature, 1, GIVES | GETS, 1)):
+        ranks.write_word(letter + 4 * place, word, 0)
+    ranks.run()
+    assert TIMED_OUT in states(ranks)
+    for rank in others:
+        status = ranks.status(rank)
+        assert status.state in {TIMED_OUT, TOLD_BY_PEER}
+        if status.state == TIMED_OUT:
+            # Who has its letter may have given up while it waited for another.
+            assert status.missing & ~(1 << rank) if rank == waiting else status.missing & 1 << lost
 
 
 @pytest.mark.parametrize("reach", REACH)
