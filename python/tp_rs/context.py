@@ -205,7 +205,10 @@ class TPContext(Buffers):
         self._unloaded = False
 
     def unload(self) -> None:
-        """Give everything back; ranks that wait are woken with an error. May be called again."""
+        """Give everything back; ranks that wait are woken with an error. May be called again.
+
+        What devices use for more than a tenth of a second yet is given back when they are done.
+        """
         communicator, self._communicator = self._communicator, None
         self.ext_tp_context = None
         if communicator is not None:
