@@ -1,20 +1,25 @@
-"""What the tests of models on GPUs share: small random models, whole and over ranks of one GPU."""
+"""What the tests of models on GPUs share: small random models, whole on a GPU and over ranks of any."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import gc
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
+from gpu_common import Place
 from transformers import CONFIG_MAPPING
 
 from tp_rs.integrations.transformers import Splits, load, selfcheck
 from tp_rs.integrations.transformers.twin import make_twin, twin_config
 
 DEVICE = torch.device("cuda:0")
+"""Where whole models are, and what is given to models over ranks."""
+ONE = Place(1)
+"""All ranks on the first GPU."""
 TOLERANCE = selfcheck.TOLERANCE
 TYPES = ["llama", "gemma3_text", "mixtral", "phi3", "qwen3_moe", "olmo2"]
 """Plain, sliding windows, experts, fused projections, experts with norms of heads, norms over a cut row."""
@@ -38,10 +43,10 @@ def uneven(model: Any, kv: list[int]) -> Splits:
     return splits
 
 
-def over_ranks(model: Any, kv: list[int], **options: Any) -> Any:
-    """The model over ranks that all are on the GPU, without recorded steps: they have tests of their own."""
+def over_ranks(model: Any, kv: list[int], place: Place = ONE, **options: Any) -> Any:
+    """The model over ranks, without recorded steps: they have tests of their own."""
     options = {"capture": False, **options}
-    return load(model, plan=uneven(model, kv), devices=[DEVICE] * len(kv), check=False, **options)
+    return load(model, plan=uneven(model, kv), devices=place.devices(len(kv)), check=False, **options)
 
 
 def prompt(model: Any, rows: int = 2, tokens: int = 13) -> dict[str, torch.Tensor]:
@@ -56,25 +61,36 @@ def prompt(model: Any, rows: int = 2, tokens: int = 13) -> dict[str, torch.Tenso
 
 
 def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference of two logits in standard deviations of theirs."""
-    return float((ours.float() - theirs.float()).abs().max() / theirs.float().std())
+    """The largest difference of two logits in standard deviations of theirs, wherever ours are."""
+    theirs = theirs.float()
+    return float((ours.to(theirs.device).float() - theirs).abs().max() / theirs.std())
 
 
 @contextlib.contextmanager
-def limited(allowed: int) -> Any:
-    """Let torch's allocator take no more than so many bytes."""
+def limited(allowed: Mapping[str, int]) -> Iterator[None]:
+    """Let torch's allocator take no more than so many bytes of each of these GPUs."""
     torch.cuda.empty_cache()
-    total = torch.cuda.mem_get_info(DEVICE)[1]
-    torch.cuda.set_per_process_memory_fraction(allowed / total, DEVICE)
+    totals = {device: torch.cuda.mem_get_info(device)[1] for device in allowed}
     try:
+        for device, count in allowed.items():
+            torch.cuda.set_per_process_memory_fraction(count / totals[device], device)
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+        for device in allowed:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def settled() -> tuple[int, int]:
-    """Bytes of torch's tensors on the GPU, and bytes that the driver has free; nothing is kept for later."""
+def settled(place: Place = ONE) -> tuple[list[int], list[int]]:
+    """Bytes of torch's tensors and bytes that the driver has free, on each GPU; nothing is kept for later."""
+    gpus = range(place.gpus)
     gc.collect()
-    torch.cuda.synchronize()
+    for index in gpus:
+        torch.cuda.synchronize(index)
     torch.cuda.empty_cache()
-    return torch.cuda.memory_allocated(DEVICE), torch.cuda.mem_get_info(DEVICE)[0]
+    tensors = [torch.cuda.memory_allocated(index) for index in gpus]
+    return tensors, [torch.cuda.mem_get_info(index)[0] for index in gpus]
+
+
+def above(now: Sequence[int], before: Sequence[int]) -> int:
+    """The most bytes that any GPU has more than before."""
+    return max(new - old for new, old in zip(now, before, strict=True))

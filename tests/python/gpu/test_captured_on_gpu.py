@@ -1,4 +1,4 @@
-"""Captured steps on one GPU: kernels against float64, models with one rank and several against the whole."""
+"""Captured steps: kernels against float64; models over ranks of one GPU or all against the whole."""
 
 import random
 
@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("triton")
 
-from models_common import DEVICE, made, settled, uneven, whole  # noqa: E402  they may be missing
+from models_common import DEVICE, above, made, settled, uneven, whole  # noqa: E402  they may be missing
 
 from tp_rs.integrations.transformers import load, selfcheck  # noqa: E402
 from tp_rs.integrations.transformers import static_kernels as kernels  # noqa: E402
@@ -22,6 +22,15 @@ TYPES = ["llama", "mistral", "gemma2", "gpt_oss", "phi3", "olmo2", "deepseek_v2"
 
 EXPERTS = {"gpt_oss", "deepseek_v2"}
 """Their prompts are not recorded in float32: products in groups ask the device for sizes there."""
+
+PLACED = [
+    ([3], "together"),
+    ([2, 1], "together"),
+    ([2, 0, 1], "together"),
+    ([2, 1], "spread"),
+    ([0, 2, 1], "spread"),
+]
+"""KV heads of every rank, and where ranks are. In the last case the leading one is not on the first GPU."""
 
 
 def attention(query, key, value, lengths, scaling, *, softcap, sinks):
@@ -65,14 +74,14 @@ def test_decoding_attends_as_in_float64(dtype, heads, stored, size, value_size):
 
 
 @pytest.mark.parametrize("architecture", TYPES)
-@pytest.mark.parametrize("kv", [[3], [2, 1], [2, 0, 1]], ids=str)
-def test_tokens_are_those_of_the_whole_model(architecture, kv):
+@pytest.mark.parametrize(("kv", "place"), PLACED, ids=str, indirect=["place"])
+def test_tokens_are_those_of_the_whole_model(architecture, kv, place):
     model = made(architecture)
     unsharded = whole(model)
     ids, mask = (tensor.to(DEVICE) for tensor in selfcheck.prompt(model))
     options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
     expected = unsharded.generate(ids, **options)
-    front = load(model, plan=uneven(model, kv), devices=[DEVICE] * len(kv), check=False)
+    front = load(model, plan=uneven(model, kv), devices=place.devices(len(kv)), check=False)
     try:
         # Twice: recorded in the first one, replayed in the second.
         for _ in range(2):
@@ -91,10 +100,10 @@ def assert_captured(front, without=frozenset()):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_prompts_in_several_steps(architecture):
+def test_prompts_in_several_steps(architecture, place):
     model = made(architecture)
     unsharded = whole(model)
-    front = load(model, plan=uneven(model, [2, 1]), devices=[DEVICE] * 2, check=False)
+    front = load(model, plan=uneven(model, [2, 1]), devices=place.devices(2), check=False)
     room = front.tp_rs_runner.capture.room
     front.tp_rs_runner.capture.room = type(room)(tokens=room.tokens, chunk=64)
     try:
@@ -159,9 +168,9 @@ def test_replayed_draws_are_as_likely_as_they_should_be():
     assert ((counts - expected).abs() <= 6 * spread + 1).all()
 
 
-def test_a_failed_call_voids_what_was_captured(monkeypatch):
+def test_a_failed_call_voids_what_was_captured(monkeypatch, place):
     model = made("llama")
-    front = load(model, plan=uneven(model, [2, 1]), devices=[DEVICE] * 2, check=False)
+    front = load(model, plan=uneven(model, [2, 1]), devices=place.devices(2), check=False)
     ids, mask = (tensor.to(DEVICE) for tensor in selfcheck.prompt(model))
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     try:
@@ -208,20 +217,20 @@ def test_what_cannot_be_captured_runs_all_the_same(monkeypatch, caplog):
         front.unload()
 
 
-def test_unloading_gives_back_the_graphs():
+def test_unloading_gives_back_the_graphs(place):
     model = made("llama")
 
     def cycle():
-        front = load(model, plan=uneven(model, [2, 1]), devices=[DEVICE] * 2, check=False)
+        front = load(model, plan=uneven(model, [2, 1]), devices=place.devices(2), check=False)
         front.generate_fast(
             torch.ones(2, 40, dtype=torch.int64, device=DEVICE), max_new_tokens=40, pad_token_id=0
         )
         front.unload()
         del front
-        return settled()[1]
+        return settled(place)[1]
 
     cycle()
     before = cycle()
     for _ in range(4):
         after = cycle()
-    assert before - after <= 1 << 20
+    assert above(before, after) <= 1 << 20
