@@ -8,7 +8,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("triton")
 
-from models_common import DEVICE, above, made, settled, uneven, whole  # noqa: E402  they may be missing
+from models_common import (  # noqa: E402  they may be missing
+    DEVICE,
+    above,
+    assert_captured,
+    made,
+    settled,
+    uneven,
+    whole,
+)
 
 from tp_rs.integrations.transformers import load, selfcheck  # noqa: E402
 from tp_rs.integrations.transformers import static_kernels as kernels  # noqa: E402
@@ -87,16 +95,9 @@ def test_tokens_are_those_of_the_whole_model(architecture, kv, place):
         for _ in range(2):
             assert torch.equal(front.generate(ids, **options), expected)
             assert torch.equal(front.generate_fast(ids, **options), expected)
-        assert_captured(front, {False} if architecture in EXPERTS else set())
+        assert_captured(front, {False} if architecture in EXPERTS else ())
     finally:
         front.unload()
-
-
-def assert_captured(front, without=frozenset()):
-    """Steps were recorded, and not run as they are for some reason: decoding (True) and prompts (False)."""
-    steps = front.tp_rs_runner.capture.ready(1, 1)
-    assert steps is not None
-    assert set(steps.failures) <= without, steps.failures
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])

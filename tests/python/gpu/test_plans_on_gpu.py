@@ -10,15 +10,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from models_common import DEVICE, limited, made, settled  # noqa: E402  torch and transformers may be missing
+from models_common import DEVICE, limited, made, settled, within  # noqa: E402  they may be missing
 
 import tp_rs  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 NEW = 4
-RANK_BYTES = 64 << 20
-"""Bytes of the framework's item that torch's allocator takes, for each rank."""
 
 
 def saved(folder: Any, architecture: str) -> Any:
@@ -39,22 +37,33 @@ def saved(folder: Any, architecture: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "ranks"), [("llama", 1), ("llama", 2), ("gemma3_text", 1), ("qwen3", 3)]
+    ("architecture", "ranks", "place"),
+    [
+        ("llama", 1, "together"),
+        ("llama", 2, "together"),
+        ("llama", 2, "spread"),
+        ("gemma3_text", 1, "together"),
+        ("qwen3", 3, "together"),
+        ("qwen3", 3, "spread"),
+    ],
+    indirect=["place"],
 )
-def test_the_largest_context_can_be_used_within_the_plan(tmp_path, architecture, ranks):
+def test_the_largest_context_can_be_used_within_the_plan(tmp_path, architecture, ranks, place):
     saved(tmp_path, architecture)
-    budgets = [1.04] + [0.38] * (ranks - 1)
-    devices = ["cuda:0"] * ranks
+    # The first rank of a device has the context of CUDA to pay for.
+    budgets = [1.04 if rank < place.gpus else 0.38 for rank in range(ranks)]
     plan = tp_rs.plan(
-        tmp_path, budgets, devices=devices, context="max", batch=2, chunk=512, weights=torch.bfloat16
+        tmp_path,
+        budgets,
+        devices=place.devices(ranks),
+        context="max",
+        batch=2,
+        chunk=512,
+        weights=torch.bfloat16,
     )
     assert 600 < plan.context < 32768, plan
-    # What the tests before have left in the context is none of the plan's.
-    tensors = sum(
-        rank.total - rank.items["framework"] - rank.items.get("communicator", 0) for rank in plan.ranks
-    )
-    settled()
-    with limited(torch.cuda.memory_reserved(DEVICE) + tensors + ranks * RANK_BYTES):
+    settled(place)
+    with limited(within(plan)):
         front = tp_rs.load(tmp_path, plan=plan)
         for rows in (2, 1):
             ids = torch.randint(3, 4000, (rows, plan.context - NEW), device=DEVICE)
