@@ -61,10 +61,10 @@ echo "$gpus GPU(s)"
 ((gpus > 0)) || { echo 'no GPU that torch can use: nothing to run' >&2; exit 1; }
 mapfile -t devices < <(for ((i = 0; i < gpus; i++)); do echo "cuda:$i"; done)
 
-models=(tests/python/gpu/test_models_on_gpu.py tests/python/gpu/test_plans_on_gpu.py)
-models+=(tests/python/gpu/test_captured_on_gpu.py)
+models=(tests/python/gpu/test_{models,plans,captured,uneven}_on_gpu.py)
 wants tests && step tests 360 "${pytest[@]}" -rf --durations=10 "${models[@]/#/--ignore=}" tests/python/gpu
-wants models && step models 240 "${pytest[@]}" -rf --durations=10 "${models[@]}"
+# With several GPUs most of them run twice.
+wants models && step models $((gpus > 1 ? 420 : 240)) "${pytest[@]}" -rf --durations=10 "${models[@]}"
 wants expandable && with_allocator expandable expandable_segments:True
 wants async && with_allocator async backend:cudaMallocAsync
 soak=${SOAK_SECONDS:-45}
