@@ -87,7 +87,8 @@ wants tune && LINES_SHOWN=60 step tune 300 "$python" -m benches.gpus.tune --out 
 # For docs/architectures.md: tests/python/models/table.py --gpu takes its file.
 wants architectures && step architectures 330 "$python" tests/python/models/try_on_gpu.py \
   --out "$out/architectures.json" --seconds 270
-wants steps && LINES_SHOWN=40 step steps 300 "$python" benches/models_on_gpu.py --json "$out/steps.json"
+# Models on two GPUs where there are as many, else on one.
+wants steps && LINES_SHOWN=60 step steps 300 "$python" benches/models_on_gpu.py --json "$out/steps.json"
 
 echo
 failed=0
