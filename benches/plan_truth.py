@@ -31,8 +31,8 @@ from tp_rs.integrations.transformers import load
 
 DEVICE = "cuda:0"
 NEW_TOKENS = 8
-RANK_BYTES = 64 << 20
-"""Bytes of the framework's item that torch's allocator takes, for each rank."""
+FIRST_RANK_BYTES, FURTHER_RANK_BYTES = 96 << 20, 64 << 20
+"""Bytes of the framework's item that torch's allocator takes, for a device's first rank and further ones."""
 STUCK = 120
 """Seconds after which a case has hung."""
 MIB = 1 << 20
@@ -235,7 +235,8 @@ def measure(case: Case) -> Found:
     del front
     clear()
     # The context grows from case to case, which no plan is for.
-    besides = found.items.get("framework", 0) + found.items.get("communicator", 0) - case.ranks * RANK_BYTES
+    torchs = FIRST_RANK_BYTES + (case.ranks - 1) * FURTHER_RANK_BYTES
+    besides = found.items.get("framework", 0) + found.items.get("communicator", 0) - torchs
     allowed = found.planned - min(found.beside, besides)
     torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.mem_get_info(DEVICE)[1], DEVICE)
     try:
