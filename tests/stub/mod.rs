@@ -25,7 +25,7 @@ use std::ffi::c_char;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libloading::{Library, Symbol};
 
@@ -232,6 +232,16 @@ impl Stub {
         let mut ledger = Ledger::default();
         self.stub_ledger(&raw mut ledger);
         ledger
+    }
+
+    /// What the tested code holds, once that is as much as `wanted`, or after some seconds: where devices were at work, a
+    /// communicator's memory is freed a little after its end.
+    pub(crate) fn settled(&self, wanted: Ledger) -> Ledger {
+        let until = Instant::now() + Duration::from_secs(10);
+        while self.ledger() != wanted && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.ledger()
     }
 
     /// Makes a device's context current on this thread; `None` for none.

@@ -71,7 +71,7 @@ pub(crate) fn operation(bench: &mut Bench, scenario: &str, order: &Order, how: H
             let outcome = settle(bench, &mut job, how, &call, code, &result);
             report.add(scenario, &call, nth, code, outcome);
             bench.comm();
-            assert_eq!(bench.stub.ledger(), held, "{scenario}: {call} (call {nth}) gave {code}");
+            assert_eq!(bench.stub.settled(held), held, "{scenario}: {call} (call {nth}) gave {code}");
         }
     }
 }
@@ -159,7 +159,7 @@ pub(crate) fn moving(bench: &mut Bench, scenario: &str, order: &Order, how: How,
             let outcome = settle(bench, &mut job, how, &call, code, &result);
             report.add(scenario, &call, nth, code, outcome);
             bench.comm();
-            assert_eq!(stub.ledger(), held, "{scenario}: {call} (call {nth}) gave {code}");
+            assert_eq!(stub.settled(held), held, "{scenario}: {call} (call {nth}) gave {code}");
         }
     }
 }
@@ -180,7 +180,7 @@ pub(crate) fn creation(bench: &mut Bench, scenario: &str, order: &Order, report:
         for code in codes_at(&calls, nth) {
             bench.renew();
             bench.stub.stub_forget_peers();
-            assert_eq!(bench.stub.ledger(), none, "{scenario}: before {code} from call {nth}");
+            assert_eq!(bench.stub.settled(none), none, "{scenario}: before {code} from call {nth}");
             let (result, call) = bench.fail(nth, code, |bench| bench.make());
             let call = call.unwrap();
             let outcome = match result {
@@ -190,7 +190,7 @@ pub(crate) fn creation(bench: &mut Bench, scenario: &str, order: &Order, report:
                 }
                 Err(error) => {
                     names(&error, &call, code);
-                    assert_eq!(bench.stub.ledger(), none, "{scenario}: {call} (call {nth}) gave {code}");
+                    assert_eq!(bench.stub.settled(none), none, "{scenario}: {call} (call {nth}) gave {code}");
                     Outcome::Works
                 }
             };
@@ -225,7 +225,7 @@ pub(crate) fn dropping(bench: &mut Bench, scenario: &str, order: &Order, report:
             let ((), call) = bench.fail(nth, code, Bench::give_back);
             bench.stub.stub_heal();
             let call = call.unwrap();
-            assert_eq!(bench.stub.ledger(), none, "{scenario}: {call} (call {nth}) gave {code}");
+            assert_eq!(bench.stub.settled(none), none, "{scenario}: {call} (call {nth}) gave {code}");
             report.add(scenario, &call, nth, code, Outcome::Logged);
         }
     }
@@ -252,7 +252,7 @@ pub(crate) fn capture(bench: &mut Bench, scenario: &str, order: &Order, report: 
             }
             let outcome = settle(bench, &mut job, How::Captured, call, code, &result);
             bench.comm();
-            assert_eq!(stub.ledger(), held, "{scenario}: {call} (call {nth}) gave {code}");
+            assert_eq!(stub.settled(held), held, "{scenario}: {call} (call {nth}) gave {code}");
             report.add(scenario, call, nth, code, outcome);
         }
     }
@@ -337,7 +337,7 @@ pub(crate) fn kernels(bench: &mut Bench, scenario: &str, order: &Order, report: 
         assert!(job.list(comm, streams).is_err(), "{scenario}: kernel {nth} gave {code}, then a call worked");
         bench.renew();
         bench.comm();
-        assert_eq!(stub.ledger(), held, "{scenario}: kernel {nth} gave {code}");
+        assert_eq!(stub.settled(held), held, "{scenario}: kernel {nth} gave {code}");
         report.add(scenario, "a kernel", usize::try_from(nth).unwrap(), code, Outcome::Broken);
     }
 }
