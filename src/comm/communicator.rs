@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use super::backend::Backend;
-use super::check::{self, Refusal};
+use super::check;
 use super::cpu::Cpu;
 use super::operation::{Layout, Operation, Pair};
 use super::options::CommOptions;
+use super::refusal::Refusal;
 use super::view::Tensor;
 use crate::device::{Device, Stream};
 use crate::error::{Error, Result};

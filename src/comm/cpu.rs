@@ -1,11 +1,12 @@
 //! Ranks on host memory.
 
 use super::backend::Backend;
-use super::check::{self, Refusal};
+use super::check;
 use super::job::{Job, jobs};
 use super::meeting::{Decision, Meeting};
 use super::operation::{Operation, Pair};
 use super::options::{CommOptions, Poll};
+use super::refusal::Refusal;
 use super::sum;
 use crate::device::{Device, Stream};
 use crate::error::Result;

@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::check::Refusal;
+use super::refusal::Refusal;
 use super::sync::{
     AtomicBool, AtomicU64, Condvar, Mutex, MutexGuard, Ordering, PoisonError, spin_loop, yield_now,
 };

@@ -26,6 +26,7 @@ mod meeting;
 mod operation;
 mod options;
 mod ranks;
+mod refusal;
 mod sum;
 mod sync;
 mod view;

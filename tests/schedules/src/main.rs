@@ -9,6 +9,8 @@ mod meeting;
 mod models;
 #[path = "../../../src/device/place.rs"]
 mod place;
+#[path = "../../../src/comm/refusal.rs"]
+mod refusal;
 
 mod device {
     pub use crate::place::Device;
@@ -28,34 +30,6 @@ mod sync {
     pub(crate) use shuttle::sync::{Condvar, Mutex, MutexGuard};
     pub(crate) use shuttle::thread::yield_now;
     pub(crate) use std::sync::PoisonError;
-}
-
-/// In place of `src/comm/check.rs`.
-mod check {
-    use crate::error::Error;
-
-    #[derive(Debug, Clone, PartialEq, Eq)]
-    pub(crate) struct Refusal {
-        argument: String,
-        got: String,
-        wanted: String,
-    }
-
-    impl Refusal {
-        pub(crate) fn new(
-            argument: impl Into<String>,
-            got: impl std::fmt::Display,
-            wanted: impl std::fmt::Display,
-        ) -> Self {
-            Self { argument: argument.into(), got: got.to_string(), wanted: wanted.to_string() }
-        }
-    }
-
-    impl From<Refusal> for Error {
-        fn from(Refusal { argument, got, wanted }: Refusal) -> Self {
-            Self::InvalidArgument { argument, got, wanted }
-        }
-    }
 }
 
 /// Runs every model in as many schedules of each kind as the argument says (10,000).

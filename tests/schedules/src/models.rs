@@ -7,9 +7,9 @@ use shuttle::sync::Arc;
 use shuttle::sync::atomic::{AtomicUsize, Ordering};
 use shuttle::thread;
 
-use crate::check::Refusal;
 use crate::error::Error;
 use crate::meeting::{Decision, Meeting};
+use crate::refusal::Refusal;
 
 /// Every model by its name.
 pub const ALL: [(&str, fn()); 5] = [
