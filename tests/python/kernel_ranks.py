@@ -30,6 +30,7 @@ from kernels_on_cpu import (
     Status,
     Write,
 )
+from tensors import summed
 
 # A few million pauses are much more than any operation needs.
 PATIENCE = 30_000_000
@@ -90,15 +91,6 @@ class Arena:
             f"{len(wrong)} bytes differ in rank {rank}'s memory (plain: {self.plain}), from {int(wrong[0])}"
         )
         self.pages.used = 0
-
-
-def summed(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum in the order of ranks, in float32 or, for doubles, float64, rounded once."""
-    wide = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
-    total = parts[0].to(wide)
-    for part in parts[1:]:
-        total = total + part.to(wide)
-    return total.to(parts[0].dtype)
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:

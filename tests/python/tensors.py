@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,13 +25,18 @@ def raw(tensor: Any) -> Any:
     return tensor.contiguous().view(torch.uint8)
 
 
-def assert_sum(got: Any, parts: list[Any]) -> None:
-    """The sum in rank order with float32 between (float64 for float64), rounded once."""
-    wide = torch.float64 if got.dtype == torch.float64 else torch.float32
+def summed(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum in the order of ranks, in float32 or, for doubles, float64, rounded once."""
+    wide = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
     total = parts[0].to(wide)
     for part in parts[1:]:
         total = total + part.to(wide)
-    assert torch.equal(raw(got), raw(total.to(got.dtype)))
+    return total.to(parts[0].dtype)
+
+
+def assert_sum(got: Any, parts: list[Any]) -> None:
+    """The sum in rank order, bit for bit, and near the exact one."""
+    assert torch.equal(raw(got), raw(summed(parts)))
     exact = sum(part.double() for part in parts)
     torch.testing.assert_close(got.double(), exact.to(got.dtype).double(), rtol=0.13, atol=0.3)
 

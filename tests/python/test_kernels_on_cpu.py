@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import kernels_on_cpu
-from kernel_ranks import FLOATS, NAMES, Ranks, Tensor, groups_of, intervals_of, raw, summed
+from kernel_ranks import FLOATS, NAMES, Ranks, Tensor, groups_of, intervals_of, raw
 from kernels_on_cpu import Call, Copies, Job, Kernels
+from tensors import summed
 
 MOVED = [*FLOATS, torch.int8, torch.int64]
 REACH = ["all", "none", "one way", "random"]

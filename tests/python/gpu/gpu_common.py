@@ -11,6 +11,7 @@ import torch
 
 import tp_rs
 from tensors import split_of as split_of  # noqa: PLC0414  for the tests beside
+from tensors import summed as summed  # noqa: PLC0414  as above
 
 FLOATS = [
     torch.float64,
@@ -82,15 +83,6 @@ def seed() -> int:
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor on the host."""
     return tensor.detach().cpu().contiguous().view(torch.uint8)
-
-
-def summed(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum in the order of ranks, in float32 or, for doubles, float64, rounded once."""
-    wide = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
-    total = parts[0].to(wide)
-    for part in parts[1:]:
-        total = total + part.to(wide)
-    return total.to(parts[0].dtype)
 
 
 def each_rank(
