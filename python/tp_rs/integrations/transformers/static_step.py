@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +116,11 @@ class StaticStep:
         return seen
 
 
-class _Kind:
+class _Kind(ABC):
     """The layers of one window."""
 
     mask: torch.Tensor
+    window: int | None = None
 
     def __init__(self, step: StaticStep) -> None:
         self.step = step
@@ -135,25 +137,23 @@ class _Kind:
         else:
             self.mask = step.finish(self.visible(), Known())
 
-    window: int | None = None
-
+    @abstractmethod
     def columns(self, queries: int) -> int:
         """Columns of the mask."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stored(self) -> torch.Tensor:
         """(batch,): tokens of every sequence that are stored once the step has written its one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def visible(self) -> torch.Tensor:
         """(batch, 1, tokens, columns): what several queries see of the stored and of their own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def store(
         self, keys: torch.Tensor, values: torch.Tensor, new_keys: torch.Tensor, new_values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write, and return what the mask speaks of."""
-        raise NotImplementedError
 
 
 @functools.cache
