@@ -100,6 +100,31 @@ struct Member {
     u32 unused;
 };
 
+// A peer of the running operation.
+struct Peer {
+    u64 data;
+    u64 stride;
+    u32 role;
+    u32 padding;
+};
+
+// Whom an operation brings together, as one block of one rank sees it.
+struct Meeting {
+    Peer peers[MOST_RANKS];
+
+    // Of the ranks that give or get anything.
+    __device__ bool present(u32 peer) const { return (peers[peer].role & (GIVES | GETS)) != 0; }
+    __device__ bool gives(u32 peer) const { return (peers[peer].role & GIVES) != 0; }
+    __device__ bool gets(u32 peer) const { return (peers[peer].role & GETS) != 0; }
+};
+
+// What the threads of a block share. The rank's record is copied when the kernel begins: the first look at any line of
+// it would take as long as a tenth of a small sum, and no two of them would be under way at once.
+struct Shared {
+    Rank rank;
+    Meeting meeting;
+};
+
 // Kernel parameter of every operation. Ranks that share a stream share a launch, of which each has the blocks of
 // one `blockIdx.y`: kernels that follow each other on a stream could not wait for each other.
 struct Call {
@@ -107,7 +132,7 @@ struct Call {
     u64 rows;
     u64 columns;    // of the whole
     u32 signature;  // of what all ranks have to agree on
-    u32 unused;
+    u32 targets;    // a bit for each rank that may get anything
     // Columns that each rank gives to the whole, or gets of it, and where in its own part they begin.
     u32 begin[MOST_RANKS];
     u32 end[MOST_RANKS];
@@ -115,7 +140,12 @@ struct Call {
     Member members[MOST_RANKS];
 
     __device__ __forceinline__ const Member &me() const { return members[blockIdx.y]; }
-    __device__ __forceinline__ Rank *rank() const { return me().rank; }
+    // The record itself: for what changes while kernels run.
+    __device__ __forceinline__ Rank *record() const { return me().rank; }
+    // As it was when the kernel began.
+    __device__ __forceinline__ const Rank *rank() const { return &shared_by_block<Shared>().rank; }
+    // The number of the running operation.
+    __device__ __forceinline__ u64 sequence() const { return rank()->sequence + 1; }
     __device__ __forceinline__ u32 role() const { return me().role; }
     __device__ __forceinline__ bool gives() const { return (role() & GIVES) != 0; }
     __device__ __forceinline__ bool gets() const { return (role() & GETS) != 0; }
@@ -130,21 +160,14 @@ struct Call {
     }
 };
 
-// A peer of the running operation.
-struct Peer {
-    u64 data;
-    u64 stride;
-    u32 role;
-    u32 padding;
-};
-
 // Marks the rank as stopped and says why, once; tells the peers, so that they need not wait in vain.
-__device__ __noinline__ void stop(Rank *rank, u32 state, u32 missing, u32 signature) {
-    if (atomicExch(&rank->broken, 1) != 0) return;
+__device__ __noinline__ void stop(const Call &call, u32 state, u32 missing) {
+    if (atomicExch(&call.record()->broken, 1) != 0) return;
+    const Rank *rank = call.rank();
     volatile Status *status = rank->status;
-    status->sequence = (u32)rank->sequence + 1;
+    status->sequence = (u32)call.sequence();
     status->missing = missing;
-    status->signature = signature;
+    status->signature = call.signature;
     __threadfence_system();
     status->state = state;
 #pragma unroll 1
@@ -155,8 +178,9 @@ __device__ __noinline__ void stop(Rank *rank, u32 state, u32 missing, u32 signat
 }
 
 // The ranks whose letters of the running operation are not there.
-__device__ __noinline__ u32 absent(const Rank *rank) {
-    const u32 sequence = (u32)rank->sequence + 1;
+__device__ __noinline__ u32 absent(const Call &call) {
+    const Rank *rank = call.rank();
+    const u32 sequence = (u32)call.sequence();
     u32 missing = 0;
 #pragma unroll 1
     for (u32 peer = 0; peer < rank->ranks; ++peer) {
@@ -185,53 +209,50 @@ struct Patience {
 
   private:
     __device__ __noinline__ bool ask(u32 peer) {
-        Rank *rank = call.rank();
-        if (load_volatile(&rank->broken)) return true;
+        const Rank *rank = call.rank();
+        if (load_volatile(&call.record()->broken)) return true;
         if (load_volatile(rank->stop)) {
-            stop(rank, TOLD_BY_HOST, 0, call.signature);
+            stop(call, TOLD_BY_HOST, 0);
             return true;
         }
         if (load_volatile(&rank->in[peer]->stop)) {
-            stop(rank, TOLD_BY_PEER, 1u << peer, call.signature);
+            stop(call, TOLD_BY_PEER, 1u << peer);
             return true;
         }
         const u64 now = nanoseconds();
         if (since == 0) since = now;
         if (now - since < call.timeout) return false;
-        stop(rank, TIMED_OUT, absent(rank) | 1u << peer, call.signature);
+        stop(call, TIMED_OUT, absent(call) | 1u << peer);
         return true;
     }
 };
 
-// One operation as one block of one rank sees it.
-struct Meeting {
-    u64 sequence;
-    bool alive;
-    Peer peers[MOST_RANKS];
+// Copies the rank's record. Ends in a barrier of the block.
+__device__ __forceinline__ void begin(const Call &call) {
+    static_assert(sizeof(Rank) % sizeof(uint4) == 0, "copied in other pieces");
+    const uint4 *record = (const uint4 *)call.record();
+    uint4 *copy = (uint4 *)&shared_by_block<Shared>().rank;
+#pragma unroll 1
+    for (u32 piece = threadIdx.x; piece < sizeof(Rank) / sizeof(uint4); piece += blockDim.x) {
+        copy[piece] = load_volatile(record + piece);
+    }
+    __syncthreads();
+}
 
-    // Of the ranks that give or get anything.
-    __device__ bool present(u32 peer) const { return (peers[peer].role & (GIVES | GETS)) != 0; }
-    __device__ bool gives(u32 peer) const { return (peers[peer].role & GIVES) != 0; }
-    __device__ bool gets(u32 peer) const { return (peers[peer].role & GETS) != 0; }
-};
-
-// Writes this rank's letters. The sequence number of the operation is returned. Addresses are told only where peers
-// use them.
-template <bool ADDRESSES> __device__ __forceinline__ u64 announce(const Call &call) {
-    Rank *rank = call.rank();
-    const u64 whole = load_volatile(&rank->sequence) + 1;
-    const u32 sequence = (u32)whole;
+// Writes this rank's letters. Addresses are told only where peers use them.
+template <bool ADDRESSES> __device__ __forceinline__ void announce(const Call &call) {
+    const Rank *rank = call.rank();
+    const u32 sequence = (u32)call.sequence();
     const u32 peer = threadIdx.x;
     if (blockIdx.x == 0 && peer < rank->ranks && peer != rank->rank) {
         const u64 data = call.gives() ? call.me().input : call.me().output;
         const u64 stride = call.gives() ? call.me().input_stride : call.me().output_stride;
         uint4 *letter = (uint4 *)&rank->out[peer]->letters[sequence & 1];
         store_volatile(letter, make_uint4(call.signature, sequence, call.role(), sequence));
-        if (!ADDRESSES) return whole;
+        if (!ADDRESSES) return;
         store_volatile(letter + 1, make_uint4((u32)data, sequence, (u32)(data >> 32), sequence));
         store_volatile(letter + 2, make_uint4((u32)stride, sequence, (u32)(stride >> 32), sequence));
     }
-    return whole;
 }
 
 // Reads one part of a letter once it is there.
@@ -252,15 +273,16 @@ __device__ __forceinline__ bool both_bring(const Call &call, const uint4 &what) 
 // Whether a peer that brings something made the same call. A rank that only comes need not have.
 __device__ __forceinline__ bool agrees(const Call &call, u32 peer, const uint4 &what) {
     if (!both_bring(call, what) || what.x == call.signature) return true;
-    stop(call.rank(), DISAGREED, 1u << peer, call.signature);
+    stop(call, DISAGREED, 1u << peer);
     return false;
 }
 
 // Waits for the first part of a peer's letter and, with `addresses`, for the others. Small sums don't write those, and a
 // rank that only comes to one needs none. The first block passes on what it reads where letters come to host memory,
 // which all blocks would look at one after the other.
-__device__ __noinline__ bool read_letter(const Call &call, u32 sequence, u32 peer, uint4 *letter, bool addresses) {
-    Rank *rank = call.rank();
+__device__ __noinline__ bool read_letter(const Call &call, u32 peer, uint4 *letter, bool addresses) {
+    const Rank *rank = call.rank();
+    const u32 sequence = (u32)call.sequence();
     const uint4 *own = (const uint4 *)&rank->in[peer]->letters[sequence & 1];
     uint4 *seen = (uint4 *)&rank->seen[peer][sequence & 1];
     Patience patience(call);
@@ -274,16 +296,12 @@ __device__ __noinline__ bool read_letter(const Call &call, u32 sequence, u32 pee
     return true;
 }
 
-// Waits for all letters. Ends in a barrier of the block; `meeting` is in shared memory. False: leave at once.
-__device__ __noinline__ bool meet(const Call &call, u64 whole, Meeting &meeting) {
-    Rank *rank = call.rank();
-    if (threadIdx.x == 0) {
-        meeting.sequence = whole;
-        meeting.alive = load_volatile(&rank->broken) == 0;
-    }
-    __syncthreads();
+// Waits for all letters. Ends in a barrier of the block, whose threads all return the same. False: leave at once.
+__device__ __noinline__ bool meet(const Call &call, Meeting &meeting) {
+    const Rank *rank = call.rank();
+    bool alive = rank->broken == 0;
     const u32 peer = threadIdx.x;
-    if (peer < rank->ranks) {
+    if (alive && peer < rank->ranks) {
         Peer &about = meeting.peers[peer];
         if (peer == rank->rank) {
             about.data = call.gives() ? call.me().input : call.me().output;
@@ -291,17 +309,15 @@ __device__ __noinline__ bool meet(const Call &call, u64 whole, Meeting &meeting)
             about.role = call.role();
         } else {
             uint4 letter[3] = {};
-            const bool came = read_letter(call, (u32)whole, peer, letter, true);
+            alive = read_letter(call, peer, letter, true);
             about.data = letter[1].x | (u64)letter[1].z << 32;
             about.stride = letter[2].x | (u64)letter[2].z << 32;
-            about.role = came ? letter[0].z : 0;
-            if (!came) meeting.alive = false;
+            about.role = letter[0].z;
             // What peers wrote before their letters is read after it.
             __threadfence_system();
         }
     }
-    __syncthreads();
-    return meeting.alive;
+    return !__syncthreads_or(!alive);
 }
 
 // Waits until the u64 that `peer` writes has come to `least`.
@@ -315,25 +331,42 @@ __device__ __noinline__ bool wait_for(const Call &call, const u64 *flag, u64 lea
 
 // Ends an operation. The last block to come here counts it; with a meeting, first it waits until no peer needs this
 // rank's memory any more and all that peers write here has been written.
-__device__ __noinline__ void leave(const Call &call, u64 sequence, const Meeting *meeting) {
+__device__ __noinline__ void leave(const Call &call, const Meeting *meeting) {
     __syncthreads();
     if (threadIdx.x >= 32) return;
-    Rank *rank = call.rank();
+    const Rank *rank = call.rank();
+    Rank *record = call.record();
     u32 last = 0;
     if (threadIdx.x == 0) {
         __threadfence();
-        last = atomicAdd(&rank->leaving, 1) == gridDim.x - 1;
+        last = atomicAdd(&record->leaving, 1) == gridDim.x - 1;
         __threadfence();
     }
     if (__shfl_sync(WARP, last, 0) == 0) return;
     const u32 peer = threadIdx.x;
     if (meeting != nullptr && peer < rank->ranks && peer != rank->rank && meeting->present(peer)) {
-        store_release(&rank->out[peer]->finished.value, sequence);
-        wait_for(call, &rank->in[peer]->finished.value, sequence, peer);
+        store_release(&rank->out[peer]->finished.value, call.sequence());
+        wait_for(call, &rank->in[peer]->finished.value, call.sequence(), peer);
     }
     __syncwarp();
     if (threadIdx.x == 0) {
-        rank->leaving = 0;
-        rank->sequence = sequence;
+        record->leaving = 0;
+        record->sequence = call.sequence();
     }
 }
+
+// Counts an operation in which nobody uses a peer's tensors: the block that was the last to begin does so, since all have
+// read the record then. Asked for when a block begins and used when it ends, the count keeps nobody waiting.
+struct Count {
+    u32 before = 0;
+
+    __device__ explicit Count(const Call &call) {
+        if (threadIdx.x == 0) before = atomicAdd(&call.record()->leaving, 1);
+    }
+
+    __device__ void end(const Call &call) const {
+        if (threadIdx.x != 0 || before != gridDim.x - 1) return;
+        call.record()->leaving = 0;
+        call.record()->sequence = call.sequence();
+    }
+};

@@ -151,7 +151,7 @@ template <class T> __device__ __noinline__ bool all_reduce_staged(const Call &ca
 
 template <class T> __device__ __noinline__ bool reduce_scatter_staged(const Call &call, const Meeting &meeting) {
     typedef typename T::Bits Bits;
-    Rank *rank = call.rank();
+    const Rank *rank = call.rank();
     const u64 columns = call.columns;
     const Line own = line_of(call.input(columns), 0, columns, sizeof(Bits));
     const Staging staging(call, meeting, call.rows * columns * sizeof(Bits));
@@ -184,7 +184,7 @@ template <class T> __device__ __noinline__ bool reduce_scatter_staged(const Call
 
 // What `take_direct` leaves.
 __device__ __noinline__ bool take_staged(const Call &call, const Meeting &meeting) {
-    Rank *rank = call.rank();
+    const Rank *rank = call.rank();
     const u32 me = rank->rank;
     const Line own = line_of(call.input(call.width(me)), call.skip[me], call.width(me), 1);
     const Staging staging(call, meeting, call.rows * call.columns);

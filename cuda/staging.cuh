@@ -81,7 +81,7 @@ __device__ __noinline__ void copy_between(const Line &source, const Line &target
 struct Staging {
     const Call &call;
     const Meeting &meeting;
-    Rank *rank;
+    const Rank *rank;
     u32 blocks;  // that stage; the others have nothing to do
     u32 chunk;   // bytes
 
@@ -136,7 +136,7 @@ struct Staging {
         return Line{(u64)slot(peer, index) - first(index), own.width, own.width, own.bytes};
     }
 
-    __device__ u64 mark(u32 index) const { return meeting.sequence << 24 | (index + 1); }
+    __device__ u64 mark(u32 index) const { return call.sequence() << 24 | (index + 1); }
 
     // Waits until this rank's slot for chunk `index` is free. Called by all threads of the block.
     __device__ __noinline__ bool free_slot(u32 index) const {

@@ -1,4 +1,5 @@
 // The kernels, one for each operation and element type. All take one `Call`, except those that no ranks meet in.
+#include "small.cuh"
 #include "staged.cuh"
 
 // Whether every rank uses every other's tensors where they are.
@@ -13,10 +14,12 @@ __device__ __forceinline__ bool all_direct(const Call &call, const Meeting &meet
 
 // Announces, meets, works and leaves. `work` returns whether it came to its end.
 template <class Work> __device__ __forceinline__ void together(const Call &call, Work work) {
-    Meeting &meeting = shared_by_block<Meeting>();
-    const bool came = meet(call, announce<true>(call), meeting);
+    Meeting &meeting = shared_by_block<Shared>().meeting;
+    begin(call);
+    announce<true>(call);
+    const bool came = meet(call, meeting);
     const bool done = came && (call.role() & (GIVES | GETS)) != 0 && work(meeting);
-    leave(call, meeting.sequence, done ? &meeting : nullptr);
+    leave(call, done ? &meeting : nullptr);
 }
 
 // A rank without a part, which shares a launch with ranks that have one, waits for all letters: so it is never two
@@ -49,6 +52,10 @@ template <class T> __device__ __forceinline__ void reduce_scatter(const Call &ca
     extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce_large_##name(const __grid_constant__ Call call) { \
         all_reduce_large<T>(call);                                                                                  \
     }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) reduce_scatter_small_##name(const __grid_constant__ Call call) { \
+        if (!call.gives() && !call.gets()) return only_come(call);                                                  \
+        reduce_scatter_small<T>(call);                                                                              \
+    }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) reduce_scatter_##name(const __grid_constant__ Call call) { \
         reduce_scatter<T>(call);                                                                                    \
     }                                                                                                               \
@@ -70,6 +77,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) take(const __grid_const
         take_direct(call, meeting);
         return all_direct(call, meeting) || take_staged(call, meeting);
     });
+}
+
+// The same for little data.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) take_small(const __grid_constant__ Call call) {
+    if (!call.gives() && !call.gets()) return only_come(call);
+    move_small(call);
 }
 
 // Rows that several ranks of a device copy to or from host memory, each by the blocks of one `blockIdx.y`.

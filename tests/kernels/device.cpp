@@ -73,7 +73,7 @@ struct Block {
     std::vector<u32> ready;
     std::vector<Fiber *> fibers;
     std::vector<Warp> warps;
-    alignas(16) u8 shared[1024];
+    alignas(16) u8 shared[2048];
 };
 
 constexpr size_t STACK = 64 << 10;

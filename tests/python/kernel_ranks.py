@@ -204,12 +204,13 @@ class Ranks:
         first_has_it: bool = False,
         bytewise: bool = False,
         agree: Any = None,
+        targets: int = 0xFFFF,
         only: Sequence[int] | None = None,
         groups: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Queue an operation: a kernel for each group of ranks that share a launch."""
         present = [tensor for tensor in (*gives, *gets) if tensor is not None]
-        base = Call(timeout=self.timeout)
+        base = Call(timeout=self.timeout, targets=targets)
         size = present[0].expected.element_size() if present else 1
         unit = size if bytewise else 1
         if present:
@@ -271,17 +272,26 @@ class Ranks:
             if tensor is not None:
                 raw(tensor.expected).copy_(total)
 
+    def pushes(self, tensor: Tensor, columns: int, small: bool | None) -> bool:
+        """Whether so many columns of it are pushed: at random where that is not said and they may be."""
+        rows = tensor.expected.shape[0]
+        fit = rows * columns * tensor.expected.element_size() <= self.small
+        return fit and (random.random() < 0.5 if small is None else small)
+
     def reduce_scatter(
         self,
         sources: Sequence[Tensor | None],
         targets: Sequence[Tensor | None],
         intervals: Intervals,
+        *,
+        small: bool | None = None,
         **options: Any,
     ) -> None:
         """Each rank gets its columns of the sum."""
         present = [source for source in sources if source is not None]
         columns = present[0].expected.shape[1]
-        name = f"reduce_scatter_{NAMES[present[0].expected.dtype]}"
+        kind = "small_" if self.pushes(present[0], columns, small) else ""
+        name = f"reduce_scatter_{kind}{NAMES[present[0].expected.dtype]}"
         self.call(name, sources, targets, intervals, columns=columns, **options)
         total = raw(summed([source.expected for source in present]))
         for target, (start, end) in zip(targets, intervals, strict=True):
@@ -293,12 +303,24 @@ class Ranks:
         parts: Sequence[Tensor | None],
         targets: Sequence[Tensor | None],
         intervals: Intervals,
+        *,
+        small: bool | None = None,
         **options: Any,
     ) -> None:
         """Who has a target gets the parts side by side; columns that several have are the first's."""
         columns = max(end for _, end in intervals)
         self.call(
-            "take", parts, targets, intervals, columns=columns, bytewise=True, first_has_it=True, **options
+            self.take_of(parts, columns, small),
+            parts,
+            targets,
+            intervals,
+            columns=columns,
+            bytewise=True,
+            first_has_it=True,
+            # One that has no target may be pushed to all the same.
+            targets=sum(1 << rank for rank, target in enumerate(targets) if target is not None)
+            | random.choice([0, 0xFFFF]),
+            **options,
         )
         for target in targets:
             covered = 0
@@ -308,15 +330,29 @@ class Ranks:
                     raw(target.expected)[:, begin:end].copy_(raw(part.expected)[:, begin - start :])
                 covered = max(covered, end)
 
-    def broadcast(self, root: int, source: Tensor, targets: Sequence[Tensor | None], **options: Any) -> None:
+    def broadcast(
+        self,
+        root: int,
+        source: Tensor,
+        targets: Sequence[Tensor | None],
+        *,
+        small: bool | None = None,
+        **options: Any,
+    ) -> None:
         """Who has a target gets the source."""
         columns = source.expected.shape[1]
         intervals = [(0, columns if rank == root else 0) for rank in self.everyone()]
         gives = [source if rank == root else None for rank in self.everyone()]
-        self.call("take", gives, targets, intervals, columns=columns, bytewise=True, agree=root, **options)
+        name = self.take_of([source], columns, small)
+        self.call(name, gives, targets, intervals, columns=columns, bytewise=True, agree=root, **options)
         for target in targets:
             if target is not None:
                 raw(target.expected).copy_(raw(source.expected).clone())
+
+    def take_of(self, parts: Sequence[Tensor | None], columns: int, small: bool | None) -> str:
+        """The kernel for what only moves."""
+        first = next(part for part in parts if part is not None)
+        return "take_small" if self.pushes(first, columns, small) else "take"
 
     def barrier(self, **options: Any) -> None:
         """All wait for all."""

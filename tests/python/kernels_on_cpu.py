@@ -74,7 +74,7 @@ class Call(ctypes.Structure):
         ("rows", c_uint64),
         ("columns", c_uint64),
         ("signature", c_uint32),
-        ("unused", c_uint32),
+        ("targets", c_uint32),
         ("begin", c_uint32 * MOST_RANKS),
         ("end", c_uint32 * MOST_RANKS),
         ("skip", c_uint32 * MOST_RANKS),

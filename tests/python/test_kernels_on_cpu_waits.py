@@ -12,7 +12,15 @@ from kernels_on_cpu import DISAGREED, GETS, GIVES, TIMED_OUT, TOLD_BY_HOST, TOLD
 from test_kernels_on_cpu import REACH, reach_of
 from test_kernels_on_cpu import kernels as kernels  # noqa: PLC0414  the fixture
 
-OPERATIONS = ["small", "large", "reduce_scatter", "broadcast", "barrier"]
+OPERATIONS = [
+    "small all_reduce",
+    "large all_reduce",
+    "small reduce_scatter",
+    "large reduce_scatter",
+    "small broadcast",
+    "large broadcast",
+    "barrier",
+]
 
 
 def ranks_of(kernels: Kernels, reach: str) -> Ranks:
@@ -28,16 +36,18 @@ def add(
     """Queue an operation for some ranks."""
     shape = 2, columns
     tensors: list[Tensor | None] = [ranks.tensor(rank, shape, dtype) for rank in ranks.everyone()]
-    if operation in {"small", "large"}:
-        ranks.all_reduce(tensors, [True] * ranks.count, small=operation == "small", only=only)
-    elif operation == "reduce_scatter":
+    size, _, what = operation.partition(" ")
+    small = size == "small"
+    if what == "all_reduce":
+        ranks.all_reduce(tensors, [True] * ranks.count, small=small, only=only)
+    elif what == "reduce_scatter":
         intervals = [(0, columns)] * ranks.count
         targets: list[Tensor | None] = [ranks.tensor(rank, shape, dtype) for rank in ranks.everyone()]
-        ranks.reduce_scatter(tensors, targets, intervals, only=only)
-    elif operation == "broadcast":
+        ranks.reduce_scatter(tensors, targets, intervals, small=small, only=only)
+    elif what == "broadcast":
         source = tensors[0]
         assert source is not None
-        ranks.broadcast(0, source, tensors, only=only)
+        ranks.broadcast(0, source, tensors, small=small, only=only)
     else:
         ranks.barrier(only=only)
 
@@ -87,7 +97,7 @@ def test_a_rank_that_comes_and_brings_nothing_is_named(kernels: Kernels, reach: 
     others = [rank for rank in ranks.everyone() if rank != lost]
     ranks.timeout = 10_000
     # One thread waits alone, or most of a warp.
-    add(ranks, "small", others, columns)
+    add(ranks, "small all_reduce", others, columns)
     signature = ranks.jobs[0].parameter.signature
     # The first operation is number 1. Only one rank hears of it.
     letter = ranks.record(waiting).inboxes[lost] + LETTER_BYTES
@@ -104,14 +114,14 @@ def test_a_rank_that_comes_and_brings_nothing_is_named(kernels: Kernels, reach: 
 
 
 @pytest.mark.parametrize("reach", REACH)
-@pytest.mark.parametrize("operation", ["small", "large", "reduce_scatter", "broadcast"])
+@pytest.mark.parametrize("operation", OPERATIONS[:-1])
 def test_ranks_that_make_different_calls_are_told(kernels: Kernels, operation: str, reach: str) -> None:
     ranks = ranks_of(kernels, reach)
     other = random.randrange(ranks.count)
     rest = [rank for rank in ranks.everyone() if rank != other]
     columns = random.randint(1, 300)
     add(ranks, operation, rest, columns)
-    add(ranks, random.choice(["small", "large"]), [other], columns + 1)
+    add(ranks, random.choice(["small all_reduce", "large all_reduce"]), [other], columns + 1)
     ranks.run()
     assert DISAGREED in states(ranks)
     for rank in ranks.everyone():

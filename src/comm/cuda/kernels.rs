@@ -27,6 +27,7 @@ pub(super) enum Sum {
     Small,
     Large,
     Scatter,
+    ScatterSmall,
     Residual,
 }
 
@@ -34,8 +35,9 @@ pub(super) enum Sum {
 #[derive(Debug)]
 pub(super) struct Kernels {
     pub(super) module: Module,
-    sums: Vec<[Function; 4]>,
+    sums: Vec<[Function; 5]>,
     pub(super) take: Function,
+    pub(super) take_small: Function,
     pub(super) copy: Function,
     pub(super) write_pattern: Function,
     pub(super) check_pattern: Function,
@@ -78,14 +80,16 @@ impl Kernels {
                 function(format!("all_reduce_small_{name}"))?,
                 function(format!("all_reduce_large_{name}"))?,
                 function(format!("reduce_scatter_{name}"))?,
+                function(format!("reduce_scatter_small_{name}"))?,
                 function(format!("add_residual_{name}"))?,
             ]);
         }
         let take = module.function(c"take")?;
+        let take_small = module.function(c"take_small")?;
         let copy = module.function(c"copy")?;
         let write_pattern = module.function(c"write_pattern")?;
         let check_pattern = module.function(c"check_pattern")?;
-        Ok(Self { module, sums, take, copy, write_pattern, check_pattern, context })
+        Ok(Self { module, sums, take, take_small, copy, write_pattern, check_pattern, context })
     }
 
     /// The kernel of a sum.

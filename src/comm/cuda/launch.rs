@@ -14,7 +14,7 @@ use crate::comm::view::Tensor;
 use crate::device::cuda::{capturing, pointer};
 use crate::error::{Error, Result};
 
-/// Up to so many bytes a sum is pushed to all ranks in one step; above, every rank sums a share of it. Two ranks of
+/// Up to so many bytes are pushed to all ranks in one step; above, every rank sums a share or takes what it gets. Two ranks of
 /// one H100: see docs/communicator.md for the measurements that these were chosen by.
 pub(super) const PUSHED_BELOW: usize = 1 << 20;
 /// The same where some ranks do not reach others: pushed data takes twice the bytes on the way through host memory.
@@ -29,6 +29,14 @@ const BYTES_A_BLOCK: usize = 32 * THREADS as usize;
 pub(super) enum Kernel {
     Sum(Sum, DType),
     Take,
+    TakeSmall,
+}
+
+impl Kernel {
+    /// Whether ranks push what they give, so that nobody uses a peer's tensors.
+    fn pushes(self) -> bool {
+        matches!(self, Self::Sum(Sum::Small | Sum::ScatterSmall, _) | Self::TakeSmall)
+    }
 }
 
 /// An operation, ready to be launched for some ranks.
@@ -101,7 +109,10 @@ impl Cuda {
         let present = || pairs.iter().flat_map(|pair| [pair.gives(), pair.gets()]).flatten();
         let Some(first) = present().next() else { return Ok(self.nothing()) };
         let (rows, size) = (first.rows, first.dtype.size());
-        let mut call = Call { rows: rows as u64, ..Call::default() };
+        let mut call = Call { rows: rows as u64, targets: u32::MAX, ..Call::default() };
+        if let Operation::Gather { root, .. } = operation {
+            call.targets = 1_u32.checked_shl(u32::try_from(*root).unwrap_or(u32::MAX)).unwrap_or(0);
+        }
         // Sums count columns in elements; what only moves, in bytes.
         let unit = if operation.sums() { 1 } else { size };
         let columns = operation.layout().map_or(first.columns, Layout::total);
@@ -124,19 +135,16 @@ impl Cuda {
         let kernel = match operation {
             Operation::AllReduce if small => Kernel::Sum(Sum::Small, first.dtype),
             Operation::AllReduce => Kernel::Sum(Sum::Large, first.dtype),
+            Operation::ReduceScatter { .. } if small => Kernel::Sum(Sum::ScatterSmall, first.dtype),
             Operation::ReduceScatter { .. } => Kernel::Sum(Sum::Scatter, first.dtype),
+            _ if small => Kernel::TakeSmall,
             _ => Kernel::Take,
         };
-        let worth = if kernel == Kernel::Sum(Sum::Small, first.dtype) {
-            bytes.div_ceil(SMALL_BYTES_A_BLOCK)
-        } else {
-            bytes.div_ceil(BYTES_A_BLOCK)
-        };
+        let worth = bytes.div_ceil(if kernel.pushes() { SMALL_BYTES_A_BLOCK } else { BYTES_A_BLOCK });
         let blocks = u32::try_from(worth).unwrap_or(u32::MAX).clamp(1, self.blocks);
         let mut members = [Member::default(); MOST_RANKS];
         for ((rank, member), pair) in members.iter_mut().enumerate().zip(pairs) {
-            let careful = kernel != Kernel::Sum(Sum::Small, first.dtype);
-            *member = self.member(rank, pair, unit, careful).map_err(|error| error.of_rank(rank))?;
+            *member = self.member(rank, pair, unit, !kernel.pushes()).map_err(|error| error.of_rank(rank))?;
         }
         Ok(Prepared { kernel, blocks, call, members })
     }
@@ -211,6 +219,7 @@ impl Cuda {
             _ if !present => machine.kernels.take,
             Kernel::Sum(sum, dtype) => machine.kernels.sum(sum, dtype)?,
             Kernel::Take => machine.kernels.take,
+            Kernel::TakeSmall => machine.kernels.take_small,
         };
         let blocks = if present { prepared.blocks } else { 1 };
         let together = u32::try_from(ranks.len()).unwrap_or(1);

@@ -75,7 +75,7 @@ pub(super) struct Call {
     pub(super) rows: u64,
     pub(super) columns: u64,
     pub(super) signature: u32,
-    pub(super) unused: u32,
+    pub(super) targets: u32,
     pub(super) begin: [u32; MOST_RANKS],
     pub(super) end: [u32; MOST_RANKS],
     pub(super) skip: [u32; MOST_RANKS],

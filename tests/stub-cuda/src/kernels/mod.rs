@@ -42,7 +42,7 @@ fn read<T: Copy>(bytes: &[u8]) -> Option<T> {
 
 /// Whether the kernel is one in which ranks wait for each other.
 fn meets(name: &str) -> bool {
-    name == "take" || name.starts_with("all_reduce") || name.starts_with("reduce_scatter")
+    name.starts_with("take") || name.starts_with("all_reduce") || name.starts_with("reduce_scatter")
 }
 
 /// The element type that a kernel's name ends in.
@@ -125,9 +125,14 @@ impl Launch {
             if name == "take" {
                 return seat.together(true, take::direct, take::staged);
             }
+            if name == "take_small" {
+                return small::take(&mut seat);
+            }
             let dtype = dtype(name).ok_or_else(broken)?;
             if name.starts_with("all_reduce_small") {
-                small::run(&mut seat, dtype)
+                small::all_reduce(&mut seat, dtype)
+            } else if name.starts_with("reduce_scatter_small") {
+                small::reduce_scatter(&mut seat, dtype)
             } else if name.starts_with("all_reduce_large") {
                 seat.together(
                     false,

@@ -1,46 +1,91 @@
-//! `all_reduce_small`: every rank pushes its tensor to all others, 4 bytes beside each sequence number.
+//! Operations on little data: every rank pushes what its peers need, 4 bytes beside each sequence number.
 
 use super::numbers::Sum;
-use super::protocol::Seat;
+use super::protocol::{Seat, entry};
 use crate::codes::Result;
 use crate::dtype::DType;
 use crate::faults::stall;
 use crate::layout::{GIVES, INBOX_BYTES};
 
-pub(super) fn run(seat: &mut Seat<'_>, dtype: DType) -> Result {
-    let whole = seat.announce(false)?;
-    let sequence = whole as u32;
-    let size = dtype.size() as u64;
-    let row_bytes = seat.call.columns * size;
-    let total = (seat.call.rows * row_bytes) as usize;
-    let packs = total.div_ceil(8);
-    let area = INBOX_BYTES as u64 + (whole & 1) * seat.rank.small_bytes * 2;
-    let row_at = |row: u64| seat.me.output + row * seat.me.output_stride * size;
-    let mut own = vec![0; packs * 8];
-    for (row, line) in (0..seat.call.rows).zip(own.chunks_mut(row_bytes.max(1) as usize)) {
-        let length = line.len().min(row_bytes as usize);
-        seat.eye.read(row_at(row), line.get_mut(..length).unwrap_or_default(), size)?;
-    }
-    // What lies behind the end is zero.
-    own.get_mut(total..).unwrap_or_default().fill(0);
-    for peer in seat.others() {
-        stall();
-        for (pack, words) in own.chunks_exact(8).enumerate() {
-            seat.send(seat.out(peer) + area + 16 * pack as u64, sequence, halves(words))?;
-        }
-    }
-    if let Some(sum) = add_up(seat, dtype, sequence, area, &own)? {
-        sum.round(&mut own);
-        let lines = own.get(..total).unwrap_or_default().chunks(row_bytes.max(1) as usize);
-        for (row, line) in (0..seat.call.rows).zip(lines) {
-            seat.eye.write(row_at(row), line, size)?;
-        }
-    }
-    seat.leave(whole, None)
+/// Rows of a tensor, or columns of it, that go as one line.
+struct Part {
+    data: u64,
+    stride: u64,
+    rows: u64,
+    width: u64,
+    size: u64,
 }
 
-/// The sum of what this rank has and its peers pushed. `None`: leave at once.
-fn add_up(seat: &Seat<'_>, dtype: DType, sequence: u32, area: u64, own: &[u8]) -> Result<Option<Sum>> {
+impl Part {
+    fn bytes(&self) -> usize {
+        (self.rows * self.width) as usize
+    }
+
+    fn read(&self, seat: &Seat<'_>) -> Result<Vec<u8>> {
+        let mut line = vec![0; self.bytes()];
+        for (row, bytes) in (0..self.rows).zip(line.chunks_mut(self.width.max(1) as usize)) {
+            seat.eye.read(self.data + row * self.stride, bytes, self.size)?;
+        }
+        Ok(line)
+    }
+
+    fn write(&self, seat: &Seat<'_>, line: &[u8]) -> Result {
+        for (row, bytes) in (0..self.rows).zip(line.chunks(self.width.max(1) as usize)) {
+            seat.eye.write(self.data + row * self.stride, bytes, self.size)?;
+        }
+        Ok(())
+    }
+}
+
+/// Columns of this rank's input.
+fn given(seat: &Seat<'_>, first: u64, columns: u64, size: u64) -> Part {
+    let (data, stride) = (seat.me.input + first * size, seat.me.input_stride * size);
+    Part { data, stride, rows: seat.call.rows, width: columns * size, size }
+}
+
+/// Columns of this rank's output.
+fn got(seat: &Seat<'_>, first: u64, columns: u64, size: u64) -> Part {
+    let (data, stride) = (seat.me.output + first * size, seat.me.output_stride * size);
+    Part { data, stride, rows: seat.call.rows, width: columns * size, size }
+}
+
+fn area(seat: &Seat<'_>, whole: u64) -> u64 {
+    INBOX_BYTES as u64 + (whole & 1) * seat.rank.small_bytes * 2
+}
+
+fn push(seat: &Seat<'_>, whole: u64, peer: usize, line: &[u8]) -> Result {
+    stall();
+    for (index, bytes) in (0..).zip(line.chunks(8)) {
+        // What lies behind the end is zero.
+        let mut words = [0; 8];
+        words.iter_mut().zip(bytes).for_each(|(word, byte)| *word = *byte);
+        let value = u64::from_le_bytes(words);
+        let at = seat.out(peer) + area(seat, whole) + 16 * index;
+        seat.send(at, whole as u32, (value as u32, (value >> 32) as u32))?;
+    }
+    Ok(())
+}
+
+/// Whether a peer gives anything, once its letter has come. `None`: leave at once.
+fn greet(seat: &Seat<'_>, whole: u64, peer: usize) -> Result<Option<bool>> {
+    Ok(seat.read_letter(whole as u32, peer, false)?.map(|[what, ..]| what.1 & GIVES != 0))
+}
+
+/// What a peer pushed. `None`: leave at once.
+fn receive(seat: &Seat<'_>, whole: u64, peer: usize, bytes: usize) -> Result<Option<Vec<u8>>> {
+    let mut line = Vec::with_capacity(bytes + 8);
+    for index in 0..bytes.div_ceil(8) as u64 {
+        let at = seat.inbox(peer) + area(seat, whole) + 16 * index;
+        let Some((low, high)) = seat.receive(at, whole as u32, peer)? else { return Ok(None) };
+        line.extend_from_slice(&low.to_le_bytes());
+        line.extend_from_slice(&high.to_le_bytes());
+    }
+    line.truncate(bytes);
+    Ok(Some(line))
+}
+
+/// The sum of this rank's part and of what its peers pushed. `None`: leave at once.
+fn add_up(seat: &Seat<'_>, dtype: DType, whole: u64, own: &[u8], bytes: usize) -> Result<Option<Sum>> {
     if !seat.alive()? {
         return Ok(None);
     }
@@ -52,24 +97,78 @@ fn add_up(seat: &Seat<'_>, dtype: DType, sequence: u32, area: u64, own: &[u8]) -
             }
             continue;
         }
-        // A peer tells whether it made the same call before what it pushed is taken.
-        let Some([what, ..]) = seat.read_letter(sequence, peer, false)? else { return Ok(None) };
-        if what.1 & GIVES == 0 {
-            continue;
+        match greet(seat, whole, peer)? {
+            None => return Ok(None),
+            Some(false) => {}
+            Some(true) => {
+                let Some(part) = receive(seat, whole, peer, bytes)? else { return Ok(None) };
+                sum.add(&part);
+            }
         }
-        let mut part = Vec::with_capacity(own.len());
-        for pack in 0..own.len() as u64 / 8 {
-            let at = seat.inbox(peer) + area + 16 * pack;
-            let Some((low, high)) = seat.receive(at, sequence, peer)? else { return Ok(None) };
-            part.extend_from_slice(&low.to_le_bytes());
-            part.extend_from_slice(&high.to_le_bytes());
-        }
-        sum.add(&part);
     }
     Ok(Some(sum))
 }
 
-fn halves(words: &[u8]) -> (u32, u32) {
-    let whole = words.try_into().map_or(0, u64::from_le_bytes);
-    (whole as u32, (whole >> 32) as u32)
+pub(super) fn all_reduce(seat: &mut Seat<'_>, dtype: DType) -> Result {
+    let whole = seat.announce(false)?;
+    let tensor = got(seat, 0, seat.call.columns, dtype.size() as u64);
+    let mut own = tensor.read(seat)?;
+    for peer in seat.others() {
+        push(seat, whole, peer, &own)?;
+    }
+    if let Some(sum) = add_up(seat, dtype, whole, &own, own.len())? {
+        sum.round(&mut own);
+        tensor.write(seat, &own)?;
+    }
+    seat.leave(whole, None)
+}
+
+pub(super) fn reduce_scatter(seat: &mut Seat<'_>, dtype: DType) -> Result {
+    let whole = seat.announce(false)?;
+    let size = dtype.size() as u64;
+    let columns = |peer: usize| given(seat, u64::from(entry(&seat.call.begin, peer)), seat.width(peer), size);
+    if seat.gives() {
+        for peer in seat.others() {
+            push(seat, whole, peer, &columns(peer).read(seat)?)?;
+        }
+    }
+    let target = got(seat, 0, seat.width(seat.index()), size);
+    let own = if seat.gives() { columns(seat.index()).read(seat)? } else { Vec::new() };
+    let bytes = if seat.gets() { target.bytes() } else { 0 };
+    if let Some(sum) = add_up(seat, dtype, whole, own.get(..bytes).unwrap_or_default(), bytes)? {
+        let mut line = vec![0; bytes];
+        if bytes > 0 {
+            sum.round(&mut line);
+            target.write(seat, &line)?;
+        }
+    }
+    seat.leave(whole, None)
+}
+
+/// Broadcast, gather to a rank, `all_gather`. Columns are in bytes.
+pub(super) fn take(seat: &mut Seat<'_>) -> Result {
+    let whole = seat.announce(false)?;
+    let me = seat.index();
+    let place = |peer: usize| got(seat, u64::from(entry(&seat.call.begin, peer)), seat.width(peer), 1);
+    if seat.gives() {
+        let own = given(seat, u64::from(entry(&seat.call.skip, me)), seat.width(me), 1);
+        let line = own.read(seat)?;
+        for peer in seat.others().filter(|peer| seat.call.targets >> peer & 1 == 1) {
+            push(seat, whole, peer, &line)?;
+        }
+        if seat.gets() && place(me).data != own.data {
+            place(me).write(seat, &line)?;
+        }
+    }
+    if seat.alive()? {
+        for peer in seat.others() {
+            let Some(gives) = greet(seat, whole, peer)? else { break };
+            if !gives || !seat.gets() {
+                continue;
+            }
+            let Some(line) = receive(seat, whole, peer, place(peer).bytes())? else { break };
+            place(peer).write(seat, &line)?;
+        }
+    }
+    seat.leave(whole, None)
 }
