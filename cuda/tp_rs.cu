@@ -1,4 +1,6 @@
-// The kernels, one for each operation and element type. All take one `Call`, except those that no ranks meet in.
+// The kernels, one for each operation and element type. All take one `Call`, except those that no ranks meet in; those
+// between copies of the engines also a `Step`.
+#include "engines.cuh"
 #include "small.cuh"
 #include "staged.cuh"
 
@@ -61,6 +63,10 @@ template <class T> __device__ __forceinline__ void reduce_scatter(const Call &ca
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) add_residual_##name(const __grid_constant__ Call call) { \
         add_residual<T>(call);                                                                                      \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                        \
+    engines_sum_##name(const __grid_constant__ Call call, const __grid_constant__ Step step) {                      \
+        engines_sum<T>(call, step);                                                                                 \
     }
 
 SUMS(f64, Double)
@@ -110,8 +116,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) copy(const __grid_const
 }
 
 // The sizes that src/comm/cuda/layout.rs must agree with.
-extern "C" __device__ const u32 tp_rs_layout[6] = {sizeof(Status), sizeof(Inbox), sizeof(Rank), sizeof(Call), sizeof(Copies),
-                                                    THREADS};
+extern "C" __device__ const u32 tp_rs_layout[7] = {sizeof(Status), sizeof(Inbox), sizeof(Rank), sizeof(Call), sizeof(Copies),
+                                                    sizeof(Step), THREADS};
 
 // Writes a pattern to a peer's memory, or checks it there: the number of wrong words is added to `wrong`.
 extern "C" __global__ void write_pattern(u32 *memory, u32 words, u32 seed) {
