@@ -141,6 +141,22 @@ fn ranks_that_share_a_device_share_its_processors() {
 }
 
 #[test]
+fn copy_engines_carry_what_two_ranks_send() {
+    on_stub("copy_engines_carry_what_two_ranks_send", |stub| {
+        stub.stub_devices(2);
+        let engines = CommOptions { engines_above: Some(0), ..options() };
+        connect(stub, 2, |_, _| Peer::Absent);
+        live(stub, &[0, 1], &engines, 60);
+        // Smaller operations go another way.
+        live(stub, &[0, 1], &CommOptions { engines_above: Some(5000), ..options() }, 60);
+        live(stub, &[0, 0], &CommOptions { peers: Peers::Staged, ..engines.clone() }, 60);
+        // One of the two reaches the other: without engines.
+        connect(stub, 2, |from, to| if from < to { Peer::Works } else { Peer::Absent });
+        live(stub, &[0, 1], &engines, 6);
+    });
+}
+
+#[test]
 fn a_rank_may_get_a_large_staged_sum_without_adding_to_it() {
     on_stub("a_rank_may_get_a_large_staged_sum_without_adding_to_it", |stub| {
         stub.stub_devices(3);

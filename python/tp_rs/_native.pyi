@@ -326,6 +326,7 @@ class Communicator:
         streams: Iterable[object] | Literal["own"] | None = None,
         peers: Literal["proved", "staged"] = "proved",
         pushed_below: int | None = None,
+        engines_above: int | None = None,
     ) -> Communicator: ...
     @property
     def devices(self) -> list[str]: ...

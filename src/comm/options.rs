@@ -23,6 +23,10 @@ pub struct CommOptions {
     /// Bytes up to which a sum on CUDA devices is pushed to all ranks in one step; larger ones are divided among them.
     /// At most 1 MiB for 2 ranks, less for more. `None` for what was measured to be best.
     pub pushed_below: Option<usize>,
+    /// Bytes from which on the copy engines carry `all_reduce`, `broadcast`, `gather` and `all_gather` between two CUDA
+    /// ranks that do not reach each other's memory. It takes 8 MiB of each rank's device and 8 MiB of pinned host memory
+    /// a rank. `None` for the default, which is never; other ranks go without them in any case.
+    pub engines_above: Option<usize>,
 }
 
 /// How data gets from one CUDA device to another.
@@ -53,6 +57,7 @@ impl Default for CommOptions {
             poll: None,
             peers: Peers::default(),
             pushed_below: None,
+            engines_above: None,
         }
     }
 }
@@ -65,6 +70,7 @@ impl std::fmt::Debug for CommOptions {
             .field("poll", &self.poll.as_ref().map(|_| ".."))
             .field("peers", &self.peers)
             .field("pushed_below", &self.pushed_below)
+            .field("engines_above", &self.engines_above)
             .finish()
     }
 }

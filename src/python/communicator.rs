@@ -84,7 +84,7 @@ impl Communicator {
 #[pymethods]
 impl Communicator {
     #[new]
-    #[pyo3(signature = (devices, timeout=30.0, *, threads=None, streams=None, peers="proved", pushed_below=None))]
+    #[pyo3(signature = (devices, timeout=30.0, *, threads=None, streams=None, peers="proved", pushed_below=None, engines_above=None))]
     #[allow(clippy::too_many_arguments)] // Options by keyword.
     fn new(
         py: Python<'_>,
@@ -94,6 +94,7 @@ impl Communicator {
         streams: Option<&Bound<'_, PyAny>>,
         peers: &str,
         pushed_below: Option<&Bound<'_, PyAny>>,
+        engines_above: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let wanted = "a list with one device a rank, such as [\"cpu\", \"cpu\"]";
         let not_a_list = || invalid(py, "devices", devices.get_type(), wanted);
@@ -120,12 +121,22 @@ impl Communicator {
                 return Err(invalid(py, "peers", format!("{other:?}"), "\"proved\" or \"staged\""));
             }
         };
-        let pushed_below = pushed_below.map(|bytes| whole(bytes, "pushed_below")).transpose()?;
-        let pushed_below = pushed_below.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+        let bytes = |value: Option<&Bound<'_, PyAny>>, name: &str| -> PyResult<Option<usize>> {
+            let bytes = value.map(|bytes| whole(bytes, name)).transpose()?;
+            Ok(bytes.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX)))
+        };
+        let pushed_below = bytes(pushed_below, "pushed_below")?;
+        let engines_above = bytes(engines_above, "engines_above")?;
         let own = streams.is_some_and(|streams| streams.extract::<&str>().is_ok_and(|name| name == "own"));
         let streams = if own { Streams::Current } else { Streams::read(streams, parsed.len())? };
-        let options =
-            CommOptions { timeout: duration, threads, poll: Some(Arc::new(poll)), peers, pushed_below };
+        let options = CommOptions {
+            timeout: duration,
+            threads,
+            poll: Some(Arc::new(poll)),
+            peers,
+            pushed_below,
+            engines_above,
+        };
         let inner = guarded(py, || comm::Communicator::new(&parsed, &options))?;
         let streams = Arc::new(if own { Streams::Fixed(inner.streams()) } else { streams });
         Ok(Self { inner: Arc::new(inner), streams, timeout })

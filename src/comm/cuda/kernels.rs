@@ -29,16 +29,28 @@ pub(super) enum Sum {
     Scatter,
     ScatterSmall,
     Residual,
+    Engines,
+}
+
+/// What runs before, between and after the copies of engines.
+#[derive(Debug)]
+pub(super) struct EngineKernels {
+    pub(super) meet: Function,
+    pub(super) own: Function,
+    pub(super) send: Function,
+    pub(super) take: Function,
+    pub(super) leave: Function,
 }
 
 /// The kernels, loaded on one device.
 #[derive(Debug)]
 pub(super) struct Kernels {
     pub(super) module: Module,
-    sums: Vec<[Function; 5]>,
+    sums: Vec<[Function; 6]>,
     pub(super) take: Function,
     pub(super) take_small: Function,
     pub(super) copy: Function,
+    pub(super) engines: EngineKernels,
     pub(super) write_pattern: Function,
     pub(super) check_pattern: Function,
     pub(super) context: Arc<Context>,
@@ -82,14 +94,22 @@ impl Kernels {
                 function(format!("reduce_scatter_{name}"))?,
                 function(format!("reduce_scatter_small_{name}"))?,
                 function(format!("add_residual_{name}"))?,
+                function(format!("engines_sum_{name}"))?,
             ]);
         }
         let take = module.function(c"take")?;
         let take_small = module.function(c"take_small")?;
         let copy = module.function(c"copy")?;
+        let engines = EngineKernels {
+            meet: module.function(c"engines_meet")?,
+            own: module.function(c"engines_own")?,
+            send: module.function(c"engines_send")?,
+            take: module.function(c"engines_take")?,
+            leave: module.function(c"engines_leave")?,
+        };
         let write_pattern = module.function(c"write_pattern")?;
         let check_pattern = module.function(c"check_pattern")?;
-        Ok(Self { module, sums, take, take_small, copy, write_pattern, check_pattern, context })
+        Ok(Self { module, sums, take, take_small, copy, engines, write_pattern, check_pattern, context })
     }
 
     /// The kernel of a sum.

@@ -19,6 +19,9 @@ use crate::error::{Error, Result};
 pub(super) const PUSHED_BELOW: usize = 1 << 20;
 /// The same where some ranks do not reach others: pushed data takes twice the bytes on the way through host memory.
 pub(super) const STAGED_ABOVE: usize = 128 << 10;
+/// From so many bytes on, the copy engines carry what two ranks out of each other's reach send. Never, until it has been
+/// measured on two cards: `benches/gpus/tune.py` tries it.
+pub(super) const ENGINES_ABOVE: usize = usize::MAX;
 /// Bytes of a pushed sum that are worth a block: 8 a thread.
 const SMALL_BYTES_A_BLOCK: usize = 8 * THREADS as usize;
 /// Bytes of other operations that are worth a block.
@@ -30,6 +33,8 @@ pub(super) enum Kernel {
     Sum(Sum, DType),
     Take,
     TakeSmall,
+    /// Several kernels and copies; elements are added up where a type is named.
+    Engines(Option<DType>),
 }
 
 impl Kernel {
@@ -42,11 +47,11 @@ impl Kernel {
 /// An operation, ready to be launched for some ranks.
 #[derive(Debug)]
 pub(super) struct Prepared {
-    kernel: Kernel,
+    pub(super) kernel: Kernel,
     blocks: u32,
-    call: Call,
+    pub(super) call: Call,
     /// One for each rank; those that were not asked for are empty.
-    members: [Member; MOST_RANKS],
+    pub(super) members: [Member; MOST_RANKS],
 }
 
 /// The part of a signature that tells the operation.
@@ -132,7 +137,9 @@ impl Cuda {
         call.signature = signature(operation, first.dtype, call.rows, call.columns, &call);
         let bytes = rows.saturating_mul(columns).saturating_mul(size);
         let small = bytes <= self.pushed_below;
+        let engines = self.engines.as_ref().is_some_and(|engines| engines.carry(operation, bytes));
         let kernel = match operation {
+            _ if engines => Kernel::Engines(operation.sums().then_some(first.dtype)),
             Operation::AllReduce if small => Kernel::Sum(Sum::Small, first.dtype),
             Operation::AllReduce => Kernel::Sum(Sum::Large, first.dtype),
             Operation::ReduceScatter { .. } if small => Kernel::Sum(Sum::ScatterSmall, first.dtype),
@@ -144,7 +151,9 @@ impl Cuda {
         let blocks = u32::try_from(worth).unwrap_or(u32::MAX).clamp(1, self.blocks);
         let mut members = [Member::default(); MOST_RANKS];
         for ((rank, member), pair) in members.iter_mut().enumerate().zip(pairs) {
-            *member = self.member(rank, pair, unit, !kernel.pushes()).map_err(|error| error.of_rank(rank))?;
+            // Only a peer's kernels would ask what kind of memory it is.
+            let careful = !kernel.pushes() && !engines;
+            *member = self.member(rank, pair, unit, careful).map_err(|error| error.of_rank(rank))?;
         }
         Ok(Prepared { kernel, blocks, call, members })
     }
@@ -204,6 +213,9 @@ impl Cuda {
     /// Launches a prepared operation for ranks that share a stream.
     pub(super) fn launch(&self, prepared: &Prepared, ranks: &[usize], stream: CUstream) -> Result<()> {
         let Some(first) = ranks.first() else { return Ok(()) };
+        if let (Kernel::Engines(dtype), Some(engines)) = (prepared.kernel, &self.engines) {
+            return self.launch_engines(engines, prepared, dtype, &[(*first, stream)]);
+        }
         let machine = self.machine(*first)?;
         let mut call = prepared.call;
         call.timeout = u64::try_from(self.timeout.as_nanos()).unwrap_or(u64::MAX);
@@ -218,7 +230,7 @@ impl Cuda {
             // A rank that only comes needs no more than one block that meets the others.
             _ if !present => machine.kernels.take,
             Kernel::Sum(sum, dtype) => machine.kernels.sum(sum, dtype)?,
-            Kernel::Take => machine.kernels.take,
+            Kernel::Take | Kernel::Engines(_) => machine.kernels.take,
             Kernel::TakeSmall => machine.kernels.take_small,
         };
         let blocks = if present { prepared.blocks } else { 1 };
@@ -272,6 +284,21 @@ impl Cuda {
         for ((rank, queue), stream) in locks.iter_mut().enumerate().zip(streams) {
             self.order(rank, *stream, queue).map_err(|error| error.of_rank(rank))?;
         }
+        if let (Kernel::Engines(dtype), Some(engines)) = (prepared.kernel, &self.engines) {
+            let parts: Vec<_> = streams.iter().copied().enumerate().collect();
+            self.launch_engines(engines, prepared, dtype, &parts)?;
+        } else {
+            self.launch_groups(prepared, streams)?;
+        }
+        for queue in &mut locks {
+            queue.calls += 1;
+            (queue.alone, queue.marked) = (false, false);
+        }
+        Ok(())
+    }
+
+    /// A launch for each group of ranks that share a stream.
+    fn launch_groups(&self, prepared: &Prepared, streams: &[CUstream]) -> Result<()> {
         let mut launched = [false; MOST_RANKS];
         for rank in 0..self.ranks() {
             if launched.get(rank).copied().unwrap_or(true) {
@@ -298,10 +325,6 @@ impl Cuda {
                 }
                 return Err(error);
             }
-        }
-        for queue in &mut locks {
-            queue.calls += 1;
-            (queue.alone, queue.marked) = (false, false);
         }
         Ok(())
     }

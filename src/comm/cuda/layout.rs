@@ -105,14 +105,28 @@ pub(super) struct Copies {
     pub(super) rows: [Rows; MOST_RANKS],
 }
 
+/// What a kernel between two copies of a lane does, its second parameter.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Step {
+    pub(super) scratch: u64,
+    pub(super) from: u64,
+    pub(super) to: u64,
+    pub(super) lane: u32,
+    pub(super) copied: u32,
+    pub(super) awaited: u32,
+    pub(super) size: u32,
+}
+
 /// The sizes that the kernels must have been made with: the variable `tp_rs_layout`.
 #[allow(clippy::cast_possible_truncation)] // Hundreds of bytes.
-pub(super) const SIZES: [u32; 6] = [
+pub(super) const SIZES: [u32; 7] = [
     size_of::<Status>() as u32,
     INBOX_BYTES as u32,
     size_of::<Rank>() as u32,
     size_of::<Call>() as u32,
     size_of::<Copies>() as u32,
+    size_of::<Step>() as u32,
     THREADS,
 ];
 

@@ -5,6 +5,7 @@
 //! Ranks of a list call that share a stream share a launch.
 
 mod ending;
+mod engines;
 mod host;
 mod kernels;
 mod launch;
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 use cudarc::driver::sys::CUstream;
 
+use self::engines::Engines;
 use self::kernels::Machine;
 use self::launch::Prepared;
 use self::layout::{DISAGREED, MOST_BLOCKS, MOST_RANKS, Status, TIMED_OUT, TOLD_BY_PEER};
@@ -33,6 +35,7 @@ use crate::error::{Error, Result};
 pub(crate) struct Cuda {
     // Fields are dropped in this order: memory first, then what it is allocated through.
     rooms: Rooms,
+    engines: Option<Engines>,
     queues: Vec<Mutex<Queue>>,
     machines: Vec<Machine>,
     own: Vec<OwnStream>,
@@ -109,6 +112,12 @@ impl Cuda {
             .pushed_below
             .unwrap_or(if rooms.connected { launch::PUSHED_BELOW } else { launch::STAGED_ABOVE })
             .min(setup::small_bytes(devices.len()));
+        let engines_above = options.engines_above.unwrap_or(launch::ENGINES_ABOVE);
+        let engines = if rooms.apart && engines_above < usize::MAX {
+            Some(Engines::new(&Seats { machines: &machines, of: &seats }, engines_above)?)
+        } else {
+            None
+        };
         let mut queues = Vec::with_capacity(devices.len());
         let mut own = Vec::with_capacity(devices.len());
         for seat in &seats {
@@ -126,6 +135,7 @@ impl Cuda {
         }
         Ok(Self {
             rooms,
+            engines,
             queues,
             own,
             machines,

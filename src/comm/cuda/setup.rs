@@ -34,6 +34,8 @@ pub(super) struct Rooms {
     pub(super) records: Vec<u64>,
     /// Whether all ranks reach each other's devices.
     pub(super) connected: bool,
+    /// Whether there are two ranks of which neither reaches the other's device.
+    pub(super) apart: bool,
     map: Map,
     host_bases: Vec<u64>,
 }
@@ -203,6 +205,10 @@ impl Plan<'_> {
         (0..self.ranks).all(|from| (0..self.ranks).all(|to| self.reaches(from, to)))
     }
 
+    fn apart(&self) -> bool {
+        self.ranks == 2 && !self.reaches(0, 1) && !self.reaches(1, 0)
+    }
+
     fn machine(&self, rank: usize) -> Option<&Machine> {
         self.seats.of.get(rank).and_then(|seat| self.seats.machines.get(*seat))
     }
@@ -314,6 +320,7 @@ impl Plan<'_> {
             unsafe { write(machine.context(), &machine.stream, *base, &record) }
                 .map_err(|error| error.of_rank(rank))?;
         }
-        Ok(Rooms { _devices: devices, host, records: bases, connected: self.connected(), map, host_bases })
+        let (connected, apart) = (self.connected(), self.apart());
+        Ok(Rooms { _devices: devices, host, records: bases, connected, apart, map, host_bases })
     }
 }

@@ -4,12 +4,12 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use cudarc::driver::sys::{self, CUdeviceptr};
+use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
 
 use super::calls::log_failure;
 use super::context::Context;
 use super::stream::OwnStream;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Zeroed device memory.
 #[derive(Debug)]
@@ -96,6 +96,60 @@ impl PinnedMemory {
         // SAFETY: the word is inside the allocation, which is aligned to pages, and all accesses of the host are
         // atomic.
         Some(unsafe { AtomicU32::from_ptr(self.memory.cast::<u32>().add(index)) })
+    }
+
+    /// Where the bytes from `at` on lie; `None` unless all `bytes` of them do.
+    fn place(&self, at: usize, bytes: usize) -> Option<*mut c_void> {
+        let fits = at.checked_add(bytes).is_some_and(|end| end <= self.bytes);
+        // SAFETY: inside of the allocation.
+        fits.then(|| unsafe { self.memory.cast::<u8>().add(at).cast() })
+    }
+
+    /// Lets the copy engine write `bytes` of device memory to the place `at`, in the order of a stream.
+    ///
+    /// # Safety
+    /// `from` is memory of the context's device and the stream one of its own; both are alive until it is done, and
+    /// nobody else uses the place.
+    pub(crate) unsafe fn fill(
+        &self,
+        context: &Context,
+        stream: CUstream,
+        at: usize,
+        from: u64,
+        bytes: usize,
+    ) -> Result<()> {
+        let Some(to) = self.place(at, bytes) else { return Err(self.beyond(at, bytes)) };
+        let _current = context.enter()?;
+        // SAFETY: the caller's promise; the place was checked.
+        let code = unsafe { sys::cuMemcpyDtoHAsync_v2(to, from, bytes, stream) };
+        context.check("cuMemcpyDtoHAsync_v2", code)
+    }
+
+    /// Lets the copy engine read `bytes` from the place `at` to device memory, in the order of a stream.
+    ///
+    /// # Safety
+    /// As for `fill`.
+    pub(crate) unsafe fn fetch(
+        &self,
+        context: &Context,
+        stream: CUstream,
+        at: usize,
+        to: u64,
+        bytes: usize,
+    ) -> Result<()> {
+        let Some(from) = self.place(at, bytes) else { return Err(self.beyond(at, bytes)) };
+        let _current = context.enter()?;
+        // SAFETY: as above.
+        let code = unsafe { sys::cuMemcpyHtoDAsync_v2(to, from, bytes, stream) };
+        context.check("cuMemcpyHtoDAsync_v2", code)
+    }
+
+    fn beyond(&self, at: usize, bytes: usize) -> Error {
+        Error::invalid(
+            "staged chunk",
+            format!("{bytes} bytes at {at}"),
+            format!("inside of {} bytes", self.bytes),
+        )
     }
 
     /// The address for the devices. The same as the host's wherever addresses are unified.

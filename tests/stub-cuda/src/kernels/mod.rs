@@ -2,6 +2,7 @@
 //! wait for each other; the blocks of one member wait for none of each other and run one after another.
 
 mod copies;
+mod engines;
 mod eye;
 mod in_place;
 mod numbers;
@@ -127,6 +128,17 @@ impl Launch {
             }
             if name == "take_small" {
                 return small::take(&mut seat);
+            }
+            if let Some(part) = name.strip_prefix("engines_") {
+                let step = || self.parameter(1);
+                return match part {
+                    "meet" => engines::meet(&seat),
+                    "own" => engines::own(&seat),
+                    "send" => engines::send(&seat, &step()?),
+                    "take" => engines::take(&seat, &step()?),
+                    "leave" => engines::leave(&seat),
+                    _ => engines::sum(&seat, &step()?, dtype(name).ok_or_else(broken)?),
+                };
             }
             let dtype = dtype(name).ok_or_else(broken)?;
             if name.starts_with("all_reduce_small") {

@@ -130,7 +130,8 @@ impl<'a> Seat<'a> {
         self.me.rank + offset_of!(Rank, state) as u64 + 4 * word
     }
 
-    fn sequence(&self) -> Result<u64> {
+    /// Operations that are done.
+    pub(super) fn sequence(&self) -> Result<u64> {
         self.eye.load64(self.state(0))
     }
 
