@@ -83,6 +83,76 @@ fn rank_calls() {
     });
 }
 
+/// Copy engines carry everything that they can, between two ranks of a device.
+fn engines() -> CommOptions {
+    CommOptions { peers: Peers::Staged, engines_above: Some(0), ..options() }
+}
+
+/// An operation of two chunks, with gaps between its rows.
+fn carried(kind: Operation) -> Order {
+    Order { dim: 600, ..order(kind, 2) }
+}
+
+#[test]
+fn list_calls_by_copy_engines() {
+    inject("list_calls_by_copy_engines", 3, |stub, report| {
+        for kind in [Operation::AllReduce, Operation::AllGather] {
+            let mut bench = Bench::new(stub, &[0, 0], &engines());
+            let scenario = format!("{kind:?} by copy engines, list call");
+            operation(&mut bench, &scenario, &carried(kind), How::List, report);
+        }
+    });
+}
+
+#[test]
+fn rank_calls_by_copy_engines() {
+    inject("rank_calls_by_copy_engines", 3, |stub, report| {
+        for kind in [Operation::AllReduce, Operation::Gather] {
+            let mut bench = Bench::new(stub, &[0, 1], &engines());
+            let scenario = format!("{kind:?} by copy engines, rank calls");
+            operation(&mut bench, &scenario, &carried(kind), How::Ranks, report);
+        }
+    });
+}
+
+#[test]
+fn captured_calls_by_copy_engines() {
+    inject("captured_calls_by_copy_engines", 3, |stub, report| {
+        for kind in [Operation::AllReduce, Operation::AllGather] {
+            let mut bench = Bench::new(stub, &[0, 1], &engines());
+            let scenario = format!("{kind:?} by copy engines, captured");
+            capture(&mut bench, &scenario, &carried(kind), report);
+        }
+    });
+}
+
+#[test]
+fn creation_and_end_with_copy_engines() {
+    inject("creation_and_end_with_copy_engines", 3, |stub, report| {
+        let mut bench = Bench::new(stub, &[0, 1], &engines());
+        creation(&mut bench, "creation with copy engines", &carried(Operation::AllReduce), report);
+        dropping(&mut bench, "end with copy engines", &carried(Operation::AllReduce), report);
+    });
+}
+
+#[test]
+fn kernels_of_copy_engines_that_fail() {
+    inject("kernels_of_copy_engines_that_fail", 3, |stub, report| {
+        let mut bench = Bench::new(stub, &[0, 1], &engines());
+        let scenario = "AllReduce by copy engines, list call";
+        // The first kernels may run before the last copies are enqueued.
+        let told_by = [
+            "cuStreamSynchronize",
+            "cuLaunchKernel",
+            "cuEventRecord",
+            "cuStreamWaitEvent",
+            "cuMemcpyDtoHAsync_v2",
+            "cuMemcpyHtoDAsync_v2",
+        ];
+        kernels(&mut bench, scenario, &carried(Operation::AllReduce), &told_by, report);
+    });
+}
+
 #[test]
 fn creation_and_end() {
     inject("creation_and_end", 3, |stub, report| {
@@ -236,7 +306,8 @@ fn kernels_that_fail() {
     inject("kernels_that_fail", 3, |stub, report| {
         for kind in Operation::ALL {
             let mut bench = Bench::new(stub, &[0, 1], &options());
-            kernels(&mut bench, &format!("{kind:?}, list call"), &order(kind, 2), report);
+            let told_by = ["cuStreamSynchronize"];
+            kernels(&mut bench, &format!("{kind:?}, list call"), &order(kind, 2), &told_by, report);
         }
     });
 }

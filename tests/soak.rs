@@ -57,12 +57,14 @@ fn round(stub: &'static Stub, seed: u64) -> usize {
     stub.stub_forget_peers();
     let chances = dice.of(&[0, 0, 500, 5000]);
     stub.stub_stall(chances, next(&mut dice.0));
-    let ranks = 1 + dice.below(5);
+    // Two are special: copy engines may carry what they send.
+    let ranks = if dice.one_in(3) { 2 } else { 1 + dice.below(5) };
     let devices: Vec<u32> = (0..ranks).map(|_| dice.below(DEVICES as usize) as u32).collect();
     let options = CommOptions {
         timeout: LONG,
         peers: dice.of(&[Peers::Proved, Peers::Proved, Peers::Staged]),
         pushed_below: dice.of(&[None, Some(0), Some(300)]),
+        engines_above: dice.of(&[None, Some(0), Some(3000)]),
         ..CommOptions::default()
     };
     let before = stub.ledger();

@@ -95,6 +95,11 @@ pub fn pushed_bytes(ranks: usize) -> u64 {
     }
 }
 
+/// Bytes of scratch memory on its device that a rank has where copy engines carry large operations, and bytes of its
+/// slots in pinned host memory. Two ranks have them whose communicator is told to (`CommOptions::engines_above`); plans
+/// count them for none, since by default no engines carry anything.
+pub const ENGINE_BYTES: u64 = 8 << 20;
+
 /// The most bytes that a communicator takes for one rank, on its device or, for peers that do not reach that, in pinned
 /// host memory.
 #[must_use]

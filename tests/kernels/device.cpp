@@ -18,7 +18,19 @@ Place gridDim, blockDim, blockIdx, threadIdx;
 namespace emulation {
 
 // What a launch's parameter is.
-enum Kind : u32 { CALL, COPIES, WRITE };
+enum Kind : u32 { CALL, COPIES, WRITE, STEPPED, MOVE };
+
+struct Stepped {
+    Call call;
+    Step step;
+};
+
+// What a copy engine does.
+struct Move {
+    u8 *target;
+    const u8 *source;
+    u64 bytes;
+};
 
 // Written by the host while kernels run.
 struct Write {
@@ -36,7 +48,8 @@ struct Launch {
     u32 blocks;
     u32 members;
     u32 threads;
-    u32 ranks[MOST_RANKS];  // of the members; launches of a rank follow each other
+    u32 ranks[MOST_RANKS];  // of the members
+    u32 lane;               // in which launches of a rank follow each other; those of lane 0 come after and before all
 };
 
 // Pages that only some ranks may use.
@@ -179,6 +192,15 @@ static void execute(const Launch &launch) {
         ((void (*)(Call))launch.kernel)(*(const Call *)launch.parameter);
     } else if (launch.kind == COPIES) {
         ((void (*)(Copies))launch.kernel)(*(const Copies *)launch.parameter);
+    } else if (launch.kind == STEPPED) {
+        const Stepped &both = *(const Stepped *)launch.parameter;
+        ((void (*)(Call, Step))launch.kernel)(both.call, both.step);
+    } else if (launch.kind == MOVE) {
+        const Move &move = *(const Move *)launch.parameter;
+        for (u64 i = 0; i < move.bytes; ++i) {
+            if (i % 16 == 0) maybe_pause();
+            ((volatile u8 *)move.target)[i] = ((const volatile u8 *)move.source)[i];
+        }
     } else {
         const Write &write = *(const Write *)launch.parameter;
         for (u32 i = 0; i < write.pauses; ++i) pause();
@@ -319,20 +341,23 @@ static void sweep() {
     }
 }
 
-// Starts the launches whose ranks have ended all earlier ones; whether none is left.
+// Starts the launches whose ranks have ended all earlier ones of their lane; whether none is left.
 static bool start_next(std::vector<const Launch *> &waiting) {
-    u32 busy = 0;
-    for (u32 rank = 0; rank <= NOBODY; ++rank) busy |= (u32)!device.blocks[rank].empty() << rank;
+    u32 busy[NOBODY + 1] = {};  // a bit for each lane of a rank
+    for (u32 rank = 0; rank <= NOBODY; ++rank) {
+        for (const Block *block : device.blocks[rank]) busy[rank] |= 1u << block->launch->lane;
+    }
     std::vector<const Launch *> later;
     for (const Launch *launch : waiting) {
-        u32 ranks = 0;
-        for (u32 member = 0; member < launch->members; ++member) ranks |= 1u << launch->ranks[member];
-        if ((ranks & busy) != 0) {
-            later.push_back(launch);
-        } else {
+        const u32 held = launch->lane == 0 ? ~0u : 1u | 1u << launch->lane;
+        bool free = true;
+        for (u32 member = 0; member < launch->members; ++member) free &= (busy[launch->ranks[member]] & held) == 0;
+        if (free) {
             start(*launch);
+        } else {
+            later.push_back(launch);
         }
-        busy |= ranks;
+        for (u32 member = 0; member < launch->members; ++member) busy[launch->ranks[member]] |= 1u << launch->lane;
     }
     waiting = later;
     return waiting.empty();

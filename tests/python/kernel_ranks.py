@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from kernel_engines import LANES, SLOTS, Carrier, Memory
 from kernels_on_cpu import (
     GETS,
     GIVES,
@@ -109,6 +110,8 @@ class Ranks:
         self.slots, self.slot_bytes = random.choice([3, 3, 4]), random.choice([8 << 10, 8 << 10, 16 << 10])
         self.staging_blocks = random.choice([1, 1, 2])
         self.small = small
+        # Whether copy engines carry what they can, and the bytes of their chunks.
+        self.engines, self.chunk = False, random.choice([256, 1024])
         self.jobs: list[Job] = []
         self.said: list[str] = []
         self.timeout, self.most_blocks = PATIENCE, 16
@@ -125,7 +128,8 @@ class Ranks:
     def lay_out(self) -> None:
         count, inbox = self.count, self.kernels.inbox_bytes + 4 * self.small
         stage = self.staging_blocks * self.slots * self.slot_bytes
-        total = RECORD_BYTES + count * (inbox + 256) + stage + 512
+        carried = (SLOTS + 2 * LANES) * self.chunk
+        total = RECORD_BYTES + count * (inbox + 256) + stage + carried + 512
         self.rooms = [Pages(total) for _ in self.everyone()]
         self.host = Pages(1024 + count * total)
         self.status_at = self.host.take(count * ctypes.sizeof(Status))
@@ -140,6 +144,9 @@ class Ranks:
             everybody = all(self.reaches[peer][reader] for peer in self.everyone())
             home = self.rooms[reader] if everybody else self.host
             stages.append(home.address + home.take(stage))
+        slots, scratch = SLOTS * self.chunk, 2 * LANES * self.chunk
+        self.engine_slots = [self.host.address + self.host.take(slots) for _ in self.rooms]
+        self.engine_scratch = [room.address + room.take(scratch) for room in self.rooms]
         for rank in self.everyone():
             record = self.record(rank)
             record.rank, record.ranks = rank, count
@@ -250,8 +257,7 @@ class Ranks:
             if not brings and random.random() < 0.5:
                 # A rank call without a tensor knows nothing of the operation.
                 call.signature = call.rows = call.columns = 0
-            # Ranks that only come have one block of a kernel that moves nothing.
-            self.jobs.append(Job(kernel if brings else "take", call, ranks, blocks if brings else 1, threads))
+            self.jobs += self.launches(kernel, call, ranks, (blocks, threads), 0 if bytewise else size)
         roles = [(gives[rank] is not None, gets[rank] is not None) for rank in self.everyone()]
         self.said.append(
             f"{kernel}: rows {base.rows}, columns {base.columns}, {list(intervals)}, gives and gets {roles}, "
@@ -259,13 +265,27 @@ class Ranks:
             f"blocks {blocks} of {threads}"
         )
 
+    def launches(
+        self, kernel: str, call: Call, ranks: list[int], shape: tuple[int, int], size: int
+    ) -> list[Job]:
+        """What some ranks launch of an operation; `size` is that of an element, or 0 for bytes."""
+        blocks, threads = shape
+        if not any(member.role & (GIVES | GETS) for member in call.members):
+            # Ranks that only come have one block of a kernel that moves nothing.
+            return [Job("take", call, ranks, 1, threads)]
+        if kernel.startswith("engines"):
+            memory = Memory(self.chunk, self.engine_slots, self.engine_scratch[ranks[0]])
+            return Carrier(kernel, call, ranks[0], size, memory).run()
+        return [Job(kernel, call, ranks, blocks, threads)]
+
     def all_reduce(
         self, tensors: Sequence[Tensor | None], gives: Sequence[bool], *, small: bool, **options: Any
     ) -> None:
         """Sum in place; a rank without a tensor takes no part, and one that doesn't give only receives."""
         sources = [tensor if give else None for tensor, give in zip(tensors, gives, strict=True)]
         parts = [source.expected for source in sources if source is not None]
-        name = f"all_reduce_{'small' if small else 'large'}_{NAMES[parts[0].dtype]}"
+        kind = "engines_sum" if self.engines else f"all_reduce_{'small' if small else 'large'}"
+        name = f"{kind}_{NAMES[parts[0].dtype]}"
         self.call(name, sources, tensors, columns=parts[0].shape[1], **options)
         total = raw(summed(parts))
         for tensor in tensors:
@@ -351,6 +371,8 @@ class Ranks:
 
     def take_of(self, parts: Sequence[Tensor | None], columns: int, small: bool | None) -> str:
         """The kernel for what only moves."""
+        if self.engines:
+            return "engines_take"
         first = next(part for part in parts if part is not None)
         return "take_small" if self.pushes(first, columns, small) else "take"
 

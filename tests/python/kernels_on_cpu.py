@@ -96,6 +96,32 @@ class Copies(ctypes.Structure):
     ]
 
 
+class Step(ctypes.Structure):
+    """What a kernel between two copies of a lane does."""
+
+    _fields_ = [
+        ("scratch", c_uint64),
+        ("first", c_uint64),
+        ("last", c_uint64),
+        ("lane", c_uint32),
+        ("copied", c_uint32),
+        ("awaited", c_uint32),
+        ("size", c_uint32),
+    ]
+
+
+class Stepped(ctypes.Structure):
+    """Both parameters of such a kernel."""
+
+    _fields_ = [("call", Call), ("step", Step)]
+
+
+class Move(ctypes.Structure):
+    """What a copy engine copies."""
+
+    _fields_ = [("target", c_uint64), ("source", c_uint64), ("bytes", c_uint64)]
+
+
 class Write(ctypes.Structure):
     """A word that the host writes while kernels run."""
 
@@ -111,6 +137,7 @@ class Launch(ctypes.Structure):
         ("members", c_uint32),
         ("threads", c_uint32),
         ("ranks", c_uint32 * MOST_RANKS),
+        ("lane", c_uint32),
     ]
 
 
@@ -118,7 +145,7 @@ class Region(ctypes.Structure):
     _fields_ = [("memory", c_uint64), ("bytes", c_uint64), ("ranks", c_uint32), ("open", c_uint32)]
 
 
-KINDS = (Call, Copies, Write)
+KINDS = (Call, Copies, Write, Stepped, Move)
 
 
 class Pages:
@@ -147,6 +174,8 @@ class Job:
     ranks: list[int]
     blocks: int = 1
     threads: int = 32
+    # Launches of a rank follow each other in each lane; those of lane 0 come after and before all.
+    lane: int = 0
 
 
 class Kernels:
@@ -154,10 +183,10 @@ class Kernels:
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
-        sizes = list((c_uint32 * 6).in_dll(self.library, "tp_rs_layout"))
+        sizes = list((c_uint32 * 7).in_dll(self.library, "tp_rs_layout"))
         self.inbox_bytes = sizes[1]
-        wanted = [ctypes.sizeof(kind) for kind in (Status, Record, Call, Copies)]
-        assert [sizes[0], *sizes[2:5], sizes[5]] == [*wanted, THREADS]
+        wanted = [ctypes.sizeof(kind) for kind in (Status, Record, Call, Copies, Step)]
+        assert [sizes[0], *sizes[2:]] == [*wanted, THREADS]
 
     def run(self, jobs: list[Job], regions: list[Region]) -> None:
         """Run launches to their end, those of each rank in turn, in an order drawn from `random`."""
@@ -169,6 +198,7 @@ class Kernels:
             launch.kind = KINDS.index(type(job.parameter))
             launch.blocks, launch.members, launch.threads = job.blocks, len(job.ranks), job.threads
             launch.ranks[: len(job.ranks)] = job.ranks
+            launch.lane = job.lane
         problem = ctypes.create_string_buffer(200)
         failed = self.library.tp_rs_run(
             launches,

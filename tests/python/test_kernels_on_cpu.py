@@ -195,6 +195,25 @@ def test_operations_of_all_kinds_follow_each_other(kernels: Kernels, reach: str)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=NAMES.get)
+def test_copy_engines_carry_between_two_ranks_beside_other_operations(
+    kernels: Kernels, dtype: torch.dtype
+) -> None:
+    for _ in range(3):
+        ranks = Ranks(kernels, reach_of("none", 2))
+        groups = [[0], [1]]
+        for _ in range(random.randint(2, 5)):
+            ranks.engines = random.random() < 0.8
+            match random.randrange(3):
+                case 0:
+                    add_all_reduce(ranks, dtype, groups, small=not ranks.engines and random.random() < 0.5)
+                case 1:
+                    add_gather(ranks, random.choice(MOVED), groups)
+                case _:
+                    add_broadcast(ranks, random.choice(MOVED), groups)
+        ranks.check()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=NAMES.get)
 def test_every_rank_adds_its_columns_of_a_residual(kernels: Kernels, dtype: torch.dtype) -> None:
     for _ in range(4):
         ranks = Ranks(kernels, [[True]])

@@ -313,8 +313,14 @@ fn captured(
     (result, calls)
 }
 
-/// Lets each kernel of an operation break its device.
-pub(crate) fn kernels(bench: &mut Bench, scenario: &str, order: &Order, report: &mut Report) {
+/// Lets each kernel of an operation break its device. `told_by` are the calls that may be the first to hear of it.
+pub(crate) fn kernels(
+    bench: &mut Bench,
+    scenario: &str,
+    order: &Order,
+    told_by: &[&str],
+    report: &mut Report,
+) {
     let devices = bench.devices.clone();
     let stub = bench.stub;
     let mut job = Job::new(stub, &devices, order);
@@ -332,7 +338,11 @@ pub(crate) fn kernels(bench: &mut Bench, scenario: &str, order: &Order, report: 
         assert!(ran >= nth, "{scenario}: {ran} kernels");
         // Whoever is asked first tells it: the broken device, or one whose kernel waited for the broken one's.
         let error = result.unwrap_err();
-        names(&error, "cuStreamSynchronize", code);
+        let heard = match &error {
+            Error::Driver { call, .. } if told_by.contains(call) => call,
+            _ => "cuStreamSynchronize",
+        };
+        names(&error, heard, code);
         let (comm, streams) = bench.comm();
         assert!(job.list(comm, streams).is_err(), "{scenario}: kernel {nth} gave {code}, then a call worked");
         bench.renew();

@@ -24,6 +24,7 @@ use crate::comm::backend::Backend;
 use crate::comm::operation::Operation;
 use crate::device::cuda::{DeviceMemory, Event, Function, OwnStream, PinnedMemory, capturing};
 use crate::error::{Error, Result};
+use crate::split::activations::ENGINE_BYTES;
 
 /// Chunks that one rank has under way in each direction.
 const LANES: usize = 2;
@@ -31,6 +32,8 @@ const LANES: usize = 2;
 const SLOTS: usize = 4;
 /// Bytes of a slot, the largest chunk. Copies of fewer take longer a byte.
 const SLOT_BYTES: usize = 2 << 20;
+const _: () =
+    assert!(2 * LANES * SLOT_BYTES == ENGINE_BYTES as usize && SLOTS * SLOT_BYTES == ENGINE_BYTES as usize);
 /// Chunks that an operation is cut into where that makes smaller ones: the first and the last have no other beside them.
 const CHUNKS: usize = 8;
 /// What chunks are a multiple of.
