@@ -233,11 +233,13 @@ fn copy_engines_go_on_in_graphs_beside_eager_calls() {
                     other.list(&comm, &eager).unwrap();
                 }
                 comm.wait(&eager).unwrap();
-                executables.iter().for_each(|it| assert_eq!(stub.cuGraphExecDestroy(*it), 0));
+                for executable in executables {
+                    assert_eq!(stub.cuGraphExecDestroy(executable), 0);
+                }
             }
-            captured.iter().for_each(|stream| {
+            for stream in captured {
                 stub.stub_destroy_stream(stream.0);
-            });
+            }
         }
     });
 }

@@ -35,7 +35,7 @@ class Carrier:
         """Bytes of a row of a rank; of a sum every rank has all columns."""
         if self.size:
             return self.size * int(self.call.columns)
-        return max(self.call.end[rank] - self.call.begin[rank], 0)
+        return max(int(self.call.end[rank]) - int(self.call.begin[rank]), 0)
 
     def slot(self, owner: int, chunk: int) -> int:
         return self.slots[owner] + chunk % SLOTS * self.chunk

@@ -6,44 +6,41 @@
 //! waits for the peer's chunk, a copy brings it to scratch memory, and the next kernel works on it. While one lane's
 //! kernels work, the other's copies run.
 //!
-//! Kernels and copies are enqueued in an order in which they could run one by one: streams of a device may share a
-//! hardware queue, where one that waits holds up what comes behind it.
+//! Kernels and copies are enqueued in an order in which what has to wait comes behind all that it waits for: streams of a
+//! device may share a hardware queue, where one that waits holds up what comes behind it.
 
-use std::ffi::c_void;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::sys::CUstream;
 
 use super::Cuda;
-use super::kernels::{Machine, Sum};
+use super::carrying::{Chunks, Run, enqueue};
+use super::kernels::Machine;
 use super::launch::{Prepared, tag};
-use super::layout::{Call, GETS, GIVES, MOST_RANKS, Member, Step, THREADS};
+use super::layout::{GETS, GIVES, MOST_RANKS, Member};
 use super::setup::Seats;
 use crate::comm::DType;
 use crate::comm::backend::Backend;
 use crate::comm::operation::Operation;
-use crate::device::cuda::{DeviceMemory, Event, Function, OwnStream, PinnedMemory, capturing};
+use crate::device::cuda::{DeviceMemory, Event, OwnStream, PinnedMemory, capturing};
 use crate::error::{Error, Result};
 use crate::split::activations::ENGINE_BYTES;
 
 /// Chunks that one rank has under way in each direction.
-const LANES: usize = 2;
+pub(super) const LANES: usize = 2;
 /// Slots of a rank, a multiple of the lanes.
-const SLOTS: usize = 4;
+pub(super) const SLOTS: usize = 4;
 /// Bytes of a slot, the largest chunk. Copies of fewer take longer a byte.
-const SLOT_BYTES: usize = 2 << 20;
-const _: () =
-    assert!(2 * LANES * SLOT_BYTES == ENGINE_BYTES as usize && SLOTS * SLOT_BYTES == ENGINE_BYTES as usize);
+pub(super) const SLOT_BYTES: usize = 2 << 20;
+// As plans have it; both are a few MiB.
+const _: () = {
+    let (scratch, slots) = ((2 * LANES * SLOT_BYTES) as u64, (SLOTS * SLOT_BYTES) as u64);
+    assert!(scratch == ENGINE_BYTES && slots == ENGINE_BYTES);
+};
 /// Chunks that an operation is cut into where that makes smaller ones: the first and the last have no other beside them.
 const CHUNKS: usize = 8;
 /// What chunks are a multiple of.
 const CHUNK_STEP: usize = 4096;
-/// Bytes of a chunk that are worth a block.
-const BYTES_A_BLOCK: usize = 64 * THREADS as usize;
-/// The most blocks that work on a chunk.
-const MOST_BLOCKS: u32 = 64;
-/// Threads of a kernel that only waits.
-const FEW: u32 = 32;
 
 /// What the two ranks have for it.
 #[derive(Debug)]
@@ -54,23 +51,23 @@ pub(super) struct Engines {
 
 /// What one rank has.
 #[derive(Debug)]
-struct Side {
+pub(super) struct Side {
     /// A chunk for every incoming lane, then one for every outgoing lane.
-    scratch: DeviceMemory,
-    slots: PinnedMemory,
-    eager: Mutex<Lanes>,
+    pub(super) scratch: DeviceMemory,
+    pub(super) slots: PinnedMemory,
+    pub(super) eager: Mutex<Lanes>,
     /// Streams take part in a capture until the caller ends it, and other calls may come before that.
-    captured: Mutex<Lanes>,
+    pub(super) captured: Mutex<Lanes>,
 }
 
 /// Streams of incoming lanes, then of outgoing ones. The first one also meets and leaves.
 #[derive(Debug)]
-struct Lanes {
-    streams: Vec<OwnStream>,
+pub(super) struct Lanes {
+    pub(super) streams: Vec<OwnStream>,
     /// The end of each stream's part.
-    ended: Vec<Event>,
-    begun: Event,
-    met: Event,
+    pub(super) ended: Vec<Event>,
+    pub(super) begun: Event,
+    pub(super) met: Event,
 }
 
 impl Lanes {
@@ -85,15 +82,15 @@ impl Lanes {
         }))
     }
 
-    fn stream(&self, index: usize) -> CUstream {
+    pub(super) fn stream(&self, index: usize) -> CUstream {
         self.streams.get(index).map_or(std::ptr::null_mut(), OwnStream::raw)
     }
 
-    fn incoming(&self, chunk: usize) -> CUstream {
+    pub(super) fn incoming(&self, chunk: usize) -> CUstream {
         self.stream(chunk % LANES)
     }
 
-    fn outgoing(&self, chunk: usize) -> CUstream {
+    pub(super) fn outgoing(&self, chunk: usize) -> CUstream {
         self.stream(LANES + chunk % LANES)
     }
 }
@@ -127,242 +124,6 @@ impl Engines {
                 | Operation::AllGather { .. }
         );
         moves && bytes >= self.above
-    }
-}
-
-/// How bytes in a line are cut.
-#[derive(Debug, Clone, Copy)]
-struct Chunks {
-    bytes: usize,
-    chunk: usize,
-}
-
-impl Chunks {
-    fn count(self) -> usize {
-        self.bytes.div_ceil(self.chunk)
-    }
-
-    /// First byte of a chunk and one past its last.
-    fn range(self, index: usize) -> (usize, usize) {
-        let from = (index * self.chunk).min(self.bytes);
-        (from, (from + self.chunk).min(self.bytes))
-    }
-
-    /// The next chunk of the same lane.
-    fn next(self, index: usize) -> Option<usize> {
-        Some(index + LANES).filter(|next| *next < self.count())
-    }
-}
-
-/// Where the slot of a chunk begins.
-fn slot(chunk: usize) -> usize {
-    chunk % SLOTS * SLOT_BYTES
-}
-
-/// The number by which kernels name a chunk.
-fn named(chunk: usize) -> u32 {
-    u32::try_from(chunk + 1).unwrap_or(u32::MAX)
-}
-
-/// What one rank enqueues for one operation.
-#[allow(clippy::struct_excessive_bools)] // Of nothing in common.
-struct Run<'a> {
-    rank: usize,
-    stream: CUstream,
-    machine: &'a Machine,
-    side: &'a Side,
-    peer: &'a Side,
-    lanes: MutexGuard<'a, Lanes>,
-    call: Call,
-    dtype: Option<DType>,
-    is_captured: bool,
-    /// Whether the rank brings anything.
-    present: bool,
-    /// What it gives, the address of its first byte, and whether rows follow each other without gaps.
-    out: Chunks,
-    source: u64,
-    dense: bool,
-    /// What it gets from the peer.
-    back: Chunks,
-    /// Bytes that it gives itself.
-    own: usize,
-    /// Streams that come after the caller's by now.
-    forked: usize,
-    /// Whether a kernel was launched.
-    launched: bool,
-}
-
-impl Run<'_> {
-    fn launch(
-        &self,
-        function: Function,
-        blocks: u32,
-        threads: u32,
-        stream: CUstream,
-        step: Option<Step>,
-    ) -> Result<()> {
-        let (mut call, mut step) = (self.call, step);
-        let mut both: [*mut c_void; 2] = [(&raw mut call).cast(), std::ptr::null_mut()];
-        let parameters = match (&mut step, &mut both) {
-            (Some(step), both) => {
-                let [_, second] = both;
-                *second = (&raw mut *step).cast();
-                both.as_mut_slice()
-            }
-            (None, [first, _]) => std::slice::from_mut(first),
-        };
-        // SAFETY: the kernel takes a `Call` and, where there is one, a `Step`; the caller of the operation answers for the
-        // tensors and its stream, the others are this communicator's.
-        unsafe { self.machine.kernels.module.launch(function, (blocks, 1), threads, stream, parameters) }
-    }
-
-    /// Launches a kernel that waits, packs or works on a chunk.
-    fn step(&self, function: Function, stream: CUstream, step: Step) -> Result<()> {
-        let bytes = usize::try_from(step.to - step.from).unwrap_or(usize::MAX);
-        let blocks = u32::try_from(bytes.div_ceil(BYTES_A_BLOCK)).unwrap_or(u32::MAX).clamp(1, MOST_BLOCKS);
-        let size = self.dtype.map_or(0, |dtype| u32::try_from(dtype.size()).unwrap_or(0));
-        let threads = if bytes == 0 { FEW } else { THREADS };
-        self.launch(function, blocks, threads, stream, Some(Step { size, ..step }))
-    }
-
-    /// A part of the scratch memory.
-    fn scratch(&self, part: usize) -> u64 {
-        self.side.scratch.address() + (part * SLOT_BYTES) as u64
-    }
-
-    /// Lets the first stream come after the caller's.
-    fn fork(&mut self) -> Result<()> {
-        // SAFETY: the caller keeps its stream alive; the others are this communicator's.
-        unsafe {
-            self.lanes.begun.record(self.stream)?;
-            self.lanes.begun.hold(self.lanes.stream(0))?;
-        }
-        self.forked = 1;
-        Ok(())
-    }
-
-    /// Meets the other rank, and lets the other streams come after that.
-    fn meet(&mut self) -> Result<()> {
-        let first = self.lanes.stream(0);
-        let kernels = &self.machine.kernels;
-        if !self.present {
-            self.launch(kernels.take, 1, THREADS, first, None)?;
-            self.launched = true;
-            return Ok(());
-        }
-        self.launch(kernels.engines.meet, 1, FEW, first, None)?;
-        self.launched = true;
-        // SAFETY: as in `fork`.
-        unsafe {
-            self.lanes.met.record(first)?;
-            for index in 1..self.lanes.streams.len() {
-                self.lanes.met.hold(self.lanes.stream(index))?;
-                self.forked += 1;
-            }
-            if self.own > 0 {
-                self.lanes.met.hold(self.stream)?;
-            }
-        }
-        if self.own > 0 {
-            let blocks = u32::try_from(self.own.div_ceil(BYTES_A_BLOCK)).unwrap_or(u32::MAX);
-            self.launch(kernels.engines.own, blocks.clamp(1, MOST_BLOCKS), THREADS, self.stream, None)?;
-        }
-        Ok(())
-    }
-
-    /// Brings a chunk of this rank to its slot.
-    fn send(&self, chunk: usize) -> Result<()> {
-        if chunk >= self.out.count() {
-            return Ok(());
-        }
-        let (lane, stream) = (chunk % LANES, self.lanes.outgoing(chunk));
-        let packed = self.scratch(LANES + lane);
-        let send = self.machine.kernels.engines.send;
-        // What a kernel packs: the chunk, unless the copy takes it from where it is.
-        let step = |chunk: Option<usize>| {
-            let (from, to) = chunk.filter(|_| !self.dense).map_or((0, 0), |chunk| self.out.range(chunk));
-            let lane = u32::try_from(lane).unwrap_or(0);
-            Step { scratch: packed, from: from as u64, to: to as u64, lane, ..Step::default() }
-        };
-        if chunk < LANES && !self.dense {
-            self.step(send, stream, step(Some(chunk)))?;
-        }
-        let (from, to) = self.out.range(chunk);
-        let source = if self.dense { self.source + from as u64 } else { packed };
-        // SAFETY: the caller answers for the tensor; nobody else uses the slot, as the last kernel of the lane has waited
-        // for that.
-        unsafe { self.side.slots.fill(self.machine.context(), stream, slot(chunk), source, to - from)? };
-        let next = self.out.next(chunk);
-        // Slots are free when an operation begins, because the last kernel of a lane waits for its last chunk.
-        let awaited = match next {
-            Some(next) => next.checked_sub(SLOTS).map_or(0, named),
-            None => named(chunk),
-        };
-        self.step(send, stream, Step { copied: named(chunk), awaited, ..step(next) })
-    }
-
-    /// Brings a chunk of the peer to this rank's device, and works on it.
-    fn receive(&self, chunk: usize) -> Result<()> {
-        if chunk >= self.back.count() {
-            return Ok(());
-        }
-        let kernels = &self.machine.kernels;
-        let function = match self.dtype {
-            Some(dtype) => kernels.sum(Sum::Engines, dtype)?,
-            None => kernels.engines.take,
-        };
-        let (lane, stream) = (chunk % LANES, self.lanes.incoming(chunk));
-        let scratch = self.scratch(lane);
-        let step = Step { scratch, lane: u32::try_from(lane).unwrap_or(0), ..Step::default() };
-        if chunk < LANES {
-            self.step(function, stream, Step { awaited: named(chunk), ..step })?;
-        }
-        let (from, to) = self.back.range(chunk);
-        // SAFETY: both are this communicator's, and the lane's last kernel has waited for the chunk.
-        unsafe { self.peer.slots.fetch(self.machine.context(), stream, slot(chunk), scratch, to - from)? };
-        let awaited = self.back.next(chunk).map_or(0, named);
-        let (from, to) = (from as u64, to as u64);
-        self.step(function, stream, Step { from, to, copied: named(chunk), awaited, ..step })
-    }
-
-    /// Ends the operation on the device, and lets the caller's stream come after it.
-    fn leave(&self) -> Result<()> {
-        let first = self.lanes.stream(0);
-        for (index, ended) in self.lanes.ended.iter().enumerate().take(self.forked).skip(1) {
-            // SAFETY: as in `fork`.
-            unsafe {
-                ended.record(self.lanes.stream(index))?;
-                ended.hold(first)?;
-            }
-        }
-        if self.present {
-            self.launch(self.machine.kernels.engines.leave, 1, FEW, first, None)?;
-        }
-        self.join(0)
-    }
-
-    /// Lets the caller's stream come after one of this rank's.
-    fn join(&self, index: usize) -> Result<()> {
-        let Some(ended) = self.lanes.ended.get(index) else { return Ok(()) };
-        // SAFETY: as in `fork`.
-        unsafe {
-            ended.record(self.lanes.stream(index))?;
-            ended.hold(self.stream)
-        }
-    }
-
-    /// Lets the caller's stream come after all that was enqueued before a failure: copies use the caller's tensors, and a
-    /// capture wants all its streams back.
-    fn join_all(&self) {
-        for (index, stream) in self.lanes.streams.iter().enumerate().take(self.forked) {
-            let Err(error) = self.join(index) else { continue };
-            tracing::warn!(%error, rank = self.rank, "could not join a stream after a failure");
-            if !self.is_captured
-                && let Err(error) = stream.synchronize()
-            {
-                tracing::warn!(%error, rank = self.rank, "could not wait for a stream after a failure");
-            }
-        }
     }
 }
 
@@ -452,29 +213,4 @@ impl Cuda {
             launched: false,
         })
     }
-}
-
-/// Enqueues the runs side by side.
-fn enqueue(runs: &mut [Run<'_>]) -> Result<()> {
-    let of = |rank: usize| move |error: Error| error.of_rank(rank);
-    // Before any kernel waits on a caller's stream that the ranks share.
-    for run in runs.iter_mut() {
-        run.fork().map_err(of(run.rank))?;
-    }
-    for run in runs.iter_mut() {
-        run.meet().map_err(of(run.rank))?;
-    }
-    let chunks = runs.iter().map(|run| run.out.count().max(run.back.count())).max().unwrap_or(0);
-    for chunk in 0..chunks {
-        for run in runs.iter() {
-            run.send(chunk).map_err(of(run.rank))?;
-        }
-        for run in runs.iter() {
-            run.receive(chunk).map_err(of(run.rank))?;
-        }
-    }
-    for run in runs.iter() {
-        run.leave().map_err(of(run.rank))?;
-    }
-    Ok(())
 }

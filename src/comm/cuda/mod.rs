@@ -4,6 +4,7 @@
 //! device memory, or in pinned host memory where two devices do not reach each other; the host only launches them.
 //! Ranks of a list call that share a stream share a launch.
 
+mod carrying;
 mod ending;
 mod engines;
 mod host;
