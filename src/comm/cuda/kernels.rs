@@ -122,6 +122,9 @@ impl Kernels {
     }
 }
 
+/// Of its multiprocessors, ranks of one device that wait for another one take no more than this part.
+const WAITING_SHARE: u32 = 4;
+
 /// A device of the communicator.
 #[derive(Debug)]
 pub(super) struct Machine {
@@ -144,6 +147,16 @@ impl Machine {
     }
 }
 
+/// The most blocks of a kernel where `sharing` ranks have the device. Those of ranks that wait stay on their
+/// multiprocessors, while other ranks compute what they wait for: that needs room. Blocks are spread over pairs of
+/// multiprocessors first, and a matrix product whose blocks work in pairs could find no pair free with half as many
+/// blocks as there are multiprocessors. All blocks of all ranks have to be there at once.
+pub(super) fn blocks_beside(multiprocessors: u32, sharing: usize) -> u32 {
+    let waiting = u32::try_from(sharing).unwrap_or(u32::MAX).saturating_sub(1);
+    let most = if waiting == 0 { multiprocessors } else { multiprocessors / WAITING_SHARE / waiting };
+    most.max(1)
+}
+
 /// Fails if the kernels were made from other sources than this crate: they would read its structures wrongly.
 fn verify(module: &Module, context: &Context, stream: &OwnStream) -> Result<()> {
     let (address, bytes) = module.variable(c"tp_rs_layout")?;
@@ -156,4 +169,24 @@ fn verify(module: &Module, context: &Context, stream: &OwnStream) -> Result<()> 
     }
     let wanted = format!("structures of {SIZES:?} bytes: make cuda/tp_rs.ptx again with cuda/build.py");
     Err(Error::invalid("kernels", format!("structures of {sizes:?} bytes"), wanted))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn ranks_that_wait_leave_room_for_the_one_that_computes(multiprocessors in 1_u32..200, sharing in 1_usize..16) {
+            let blocks = blocks_beside(multiprocessors, sharing);
+            prop_assert!(blocks >= 1);
+            let waiting = (sharing - 1) * blocks as usize;
+            prop_assert!(blocks == 1 || 4 * waiting <= multiprocessors as usize);
+            if sharing == 1 {
+                prop_assert_eq!(blocks, multiprocessors);
+            }
+        }
+    }
 }

@@ -20,7 +20,7 @@ use std::time::Duration;
 use cudarc::driver::sys::CUstream;
 
 use self::engines::Engines;
-use self::kernels::Machine;
+use self::kernels::{Machine, blocks_beside};
 use self::launch::Prepared;
 use self::layout::{DISAGREED, MOST_BLOCKS, MOST_RANKS, Status, TIMED_OUT, TOLD_BY_PEER};
 use self::setup::{Rooms, Seats};
@@ -101,9 +101,7 @@ impl Cuda {
             .iter()
             .enumerate()
             .map(|(seat, machine)| {
-                let sharing = seats.iter().filter(|other| **other == seat).count();
-                // All blocks of all ranks have to run at once: one for each multiprocessor.
-                (machine.multiprocessors / u32::try_from(sharing).unwrap_or(1).max(1)).max(1)
+                blocks_beside(machine.multiprocessors, seats.iter().filter(|other| **other == seat).count())
             })
             .min()
             .unwrap_or(1)
