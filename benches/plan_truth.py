@@ -1,13 +1,14 @@
 """What a plan says that ranks on GPUs take, beside what they take.
 
-    python benches/plan_truth.py [--json FILE] [--only NAME] [--quick]
+    python benches/plan_truth.py [--json FILE] [--only NAME] [--quick] [--full]
 
 Models have few layers, the proportions of real ones and weights of zeros: what lies in memory does not
-depend on the values. Each case loads one over its ranks, fills the context with a prompt in chunks and some
-decoded tokens, and compares the plan's bytes of all ranks with the most that torch's tensors took and what
-the process took on the device besides (context, kernels, the communicator). Then it does so once more with
-torch's allocator held to the plan's bytes, and must not run out of memory. Needs one GPU with 70 GB free,
-torch, transformers and accelerate.
+depend on the values. `--full` adds two with all their layers. Each shape has a process of its own, as what
+the driver keeps for kernels grows from model to model. Each case loads one over its ranks, fills the context
+with a prompt in chunks and some decoded tokens, and compares the plan's bytes of all ranks with the most that
+torch's tensors took and what the process took on the device besides (context, kernels, the communicator).
+Then it does so once more with torch's allocator held to the plan's bytes, and must not run out of memory.
+Needs one GPU with 70 GB free, torch, transformers and accelerate.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import faulthandler
 import gc
 import json
+import multiprocessing
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,6 +100,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+FULL: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 32, "vocab_size": 128256},
+    "qwen2": {"num_hidden_layers": 28, "vocab_size": 152064},
+}
+"""What a model of 7 to 8 billion weights has more of."""
+
 
 @dataclass
 class Case:
@@ -110,6 +118,7 @@ class Case:
     ranks: int = 1
     padded: bool = False
     dtype: str = "bfloat16"
+    full: bool = False
 
 
 @dataclass
@@ -117,6 +126,7 @@ class Found:
     """Bytes of all ranks."""
 
     case: Case
+    device: str = ""
     planned: int = 0
     items: dict[str, int] = field(default_factory=dict)
     tensors: int = 0
@@ -140,7 +150,7 @@ class Found:
         return self.planned / self.taken
 
 
-def cases(*, quick: bool) -> list[Case]:
+def cases(*, quick: bool, full: bool) -> list[Case]:
     """All of them: every shape at several contexts and batch sizes."""
     found = []
     for name in SHAPES:
@@ -151,7 +161,10 @@ def cases(*, quick: bool) -> list[Case]:
         ]
         if not quick:
             found += [Case(name, 32768), Case(name, 8192, padded=True, ranks=3), Case(name, 1000)]
-    return [*found, Case("llama", 2048, dtype="float32"), Case("phi3", 2048, dtype="float32", ranks=2)]
+    found += [Case("llama", 2048, dtype="float32"), Case("phi3", 2048, dtype="float32", ranks=2)]
+    for name in FULL if full else ():
+        found += [Case(name, 8192, full=True), Case(name, 2048, batch=4, padded=True, full=True)]
+    return found
 
 
 def empty_model(case: Case) -> Any:
@@ -161,6 +174,7 @@ def empty_model(case: Case) -> Any:
         "num_hidden_layers": 4,
         "max_position_embeddings": 65536,
         **SHAPES[case.name],
+        **(FULL[case.name] if case.full else {}),
     }
     config = CONFIG_MAPPING[case.name](**values)
     kind = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[case.name])
@@ -205,7 +219,7 @@ def clear() -> None:
 def measure(case: Case) -> Found:
     """Run one case, and once more within the plan's bytes."""
     clear()
-    found = Found(case)
+    found = Found(case, torch.cuda.get_device_name(DEVICE))
     model = empty_model(case)
     budgets = [70.0 / case.ranks] * case.ranks
     dtype = getattr(torch, case.dtype)
@@ -258,8 +272,9 @@ def row(found: Found) -> str:
     activations = items.get("activations", 0) + items.get("logits", 0)
     measured = found.tensors - found.loaded - items.get("kv_cache", 0)
     settings = f"{case.context} x {case.batch} by {case.chunk}, {case.dtype}, {case.ranks} ranks"
+    settings += ", padded" * case.padded + ", all layers" * case.full
     cells = [
-        f"{case.name:12}{settings + (', padded' if case.padded else ''):48}",
+        f"{case.name:12}{settings:60}",
         f"plan {found.planned / MIB:6.0f}",
         f"taken {found.taken / MIB:6.0f}",
         f"ratio {found.ratio:5.3f}",
@@ -273,37 +288,60 @@ def row(found: Found) -> str:
     return "  ".join(cells)
 
 
-def main() -> None:
-    """Run the cases and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only")
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
+def measure_all(chosen: list[Case], results: Any) -> None:
+    """Run cases in this process."""
     logs: Any = transformers.logging
     logs.set_verbosity_error()
     logs.disable_progress_bar()
-    torch.zeros(1, device=DEVICE)
-    print(f"{torch.cuda.get_device_name(DEVICE)}, MiB; CUDA's context {beside() / MIB:.0f}")  # noqa: T201
-    results = []
-    for case in cases(quick=options.quick):
-        if options.only and case.name != options.only:
-            continue
+    for case in chosen:
         # A rank that waits for ever would keep the machine.
         faulthandler.dump_traceback_later(STUCK, exit=True)
-        found = measure(case)
+        results.put(measure(case))
         faulthandler.cancel_dump_traceback_later()
-        results.append(found)
-        print(row(found), flush=True)  # noqa: T201
-        if options.json:
-            text = json.dumps([{**asdict(each), "ratio": each.ratio} for each in results], indent=2)
-            options.json.write_text(text, encoding="utf-8")
-    worst = min(results, key=lambda each: each.ratio)
-    most = max(results, key=lambda each: each.ratio)
-    print(f"plan over what was taken: {worst.ratio:.3f} to {most.ratio:.3f}")  # noqa: T201
-    if worst.ratio < 1 or any(each.limited != "ran" for each in results):
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="a file for all that was measured")
+    parser.add_argument("--only", choices=SHAPES, help="one shape")
+    parser.add_argument("--quick", action="store_true", help="fewer contexts")
+    parser.add_argument("--full", action="store_true", help="models of 8 billion weights too")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the cases and print the table."""
+    options = parse()
+    spawned = multiprocessing.get_context("spawn")
+    found: list[Found] = []
+    failed = False
+    for name in SHAPES:
+        chosen = [case for case in cases(quick=options.quick, full=options.full) if case.name == name]
+        if options.only not in (None, name):
+            continue
+        results = spawned.SimpleQueue()
+        process = spawned.Process(target=measure_all, args=(chosen, results))
+        process.start()
+        while process.is_alive() or not results.empty():
+            if results.empty():
+                process.join(0.1)
+                continue
+            found.append(results.get())
+            print(row(found[-1]), flush=True)  # noqa: T201
+            if options.json:
+                text = json.dumps([{**asdict(each), "ratio": each.ratio} for each in found], indent=2)
+                options.json.write_text(text, encoding="utf-8")
+        failed |= process.exitcode != 0
+    if failed or not found:
+        sys.exit("not every case could be measured")
+    ratios = [each.ratio for each in found]
+    print(  # noqa: T201
+        f"{found[0].device}; MiB; plan over what was taken: {min(ratios):.3f} to {max(ratios):.3f}"
+    )
+    if min(ratios) < 1 or any(each.limited != "ran" for each in found):
         sys.exit("a plan was too small")
 
 

@@ -81,7 +81,7 @@ if wants bench; then
   bench=${BENCH_SECONDS:-150}
   LINES_SHOWN=200 step bench $((bench + 120)) "$python" -m benches.gpus --out "$out" --seconds "$bench" "${launch[@]}"
 fi
-wants truth && LINES_SHOWN=40 step truth 240 "$python" benches/plan_truth.py --quick --json "$out/truth.json"
+wants truth && LINES_SHOWN=40 step truth 300 "$python" benches/plan_truth.py --quick --full --json "$out/truth.json"
 wants loading && LINES_SHOWN=12 step loading 240 "$python" benches/load_speed.py --json "$out/loading.json"
 wants tune && LINES_SHOWN=60 step tune 300 "$python" -m benches.gpus.tune --out "$out"
 # For docs/architectures.md: tests/python/models/table.py --gpu takes its file.
