@@ -11,7 +11,7 @@
 
 constexpr u32 MOST_RANKS = 16;
 // Blocks of one rank that may stage; flags are kept for so many.
-constexpr u32 MOST_STAGING_BLOCKS = 32;
+constexpr u32 MOST_STAGING_BLOCKS = 64;
 constexpr u32 THREADS = 512;
 
 // What a rank brings (Call::role, Letter::role).

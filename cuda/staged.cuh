@@ -16,6 +16,8 @@ struct Sharing {
     bool kept;    // sums of this rank in its slots, for those who cannot read its tensor
     bool told;    // to ranks to whose tensors this one cannot write
     bool wide;    // all tensors aligned
+    bool scattered = false;  // every rank gets columns of its own
+    u64 skip = 0;            // bytes before them in the rows that are given
 
     __device__ __noinline__ Sharing(const Staging &staging, const Line &own, u32 size)
         : givers(0), other(staging.rank->rank), kept(false), told(false) {
@@ -40,16 +42,41 @@ struct Sharing {
         chunks = staging.chunks(own.bytes);
     }
 
+    // Of a sum whose columns are scattered, for a rank that gets some: only this rank sums them, to `target`.
+    __device__ __noinline__ Sharing(const Staging &staging, const Line &own, const Line &target, u64 skip, u32 size)
+        : givers(0), other(staging.rank->rank), chunks(staging.chunks(target.bytes)), both(true), kept(false), told(false),
+          scattered(true), skip(skip) {
+        u64 bits = target.data | target.stride | target.width;
+#pragma unroll 1
+        for (u32 peer = 0; peer < staging.rank->ranks; ++peer) {
+            if (!staging.meeting.gives(peer) || !staging.direct(peer)) continue;
+            const Line line = source(staging, own, peer, 0, size);
+            bits |= line.data | line.stride;
+        }
+        wide = (bits & (WIDE - 1)) == 0;
+    }
+
+    // Where what a rank gives to chunk `index` lies, as if all of the line lay there.
+    __device__ __forceinline__ Line source(const Staging &staging, const Line &own, u32 peer, u32 index, u32 size) const {
+        if (staging.direct(peer)) {
+            Line line = staging.tensor(own, peer, size);
+            if (peer != staging.rank->rank) line.data += skip;
+            return line;
+        }
+        const u32 place = scattered ? staging.place(peer, staging.rank->rank, index) : index;
+        return Line{(u64)staging.slot(peer, place) - staging.first(index), own.width, own.width, own.bytes};
+    }
+
     // Steps from putting a chunk to having its sum.
     __device__ u32 lag() const { return both ? 1 : 2; }
 };
 
 // The sum of [from, to) of chunk `index`, counted from its beginning, by one block: from the slots of ranks out of reach
-// and the tensors of the others, to this rank's tensor. Where this rank sums for all, also to the tensors in reach, and
+// and the tensors of the others, to this rank's `target`. Where this rank sums for all, also to the tensors in reach, and
 // to its slot for the others.
 template <class T, u32 BYTES>
-__device__ __noinline__ void sum_chunk(const Staging &staging, const Line &own, u32 index, u64 from, u64 to,
-                                       const Sharing &sharing) {
+__device__ __noinline__ void sum_chunk(const Staging &staging, const Line &own, const Line &target, u32 index, u64 from,
+                                       u64 to, const Sharing &sharing) {
     typedef typename T::Bits Bits;
     typedef typename Bytes<BYTES>::Type Vector;
     // Sums of bytes widen to so much that there is room for no more.
@@ -68,7 +95,7 @@ __device__ __noinline__ void sum_chunk(const Staging &staging, const Line &own, 
 #pragma unroll 1
         for (u32 peer = 0; peer < ranks; ++peer) {
             if (!staging.meeting.gives(peer)) continue;
-            const Line line = staging.direct(peer) ? staging.tensor(own, peer, sizeof(Bits)) : staging.slot_line(own, peer, index);
+            const Line line = sharing.source(staging, own, peer, index, sizeof(Bits));
 #pragma unroll
             for (u32 i = 0; i < AT_ONCE; ++i) {
                 if (at + i * step < to) pieces[i].vector = load_once((const Vector *)at_line(line, base + at + i * step));
@@ -82,7 +109,7 @@ __device__ __noinline__ void sum_chunk(const Staging &staging, const Line &own, 
 #pragma unroll 1
         for (u32 peer = 0; peer < ranks; ++peer) {
             if (peer != me && (sharing.both || !staging.meeting.gets(peer) || !staging.direct(peer))) continue;
-            const Line line = staging.tensor(own, peer, sizeof(Bits));
+            const Line line = peer == me ? target : staging.tensor(own, peer, sizeof(Bits));
 #pragma unroll
             for (u32 i = 0; i < AT_ONCE; ++i) {
                 if (at + i * step < to) *(Vector *)at_line(line, base + at + i * step) = pieces[i].vector;
@@ -126,8 +153,8 @@ __device__ __noinline__ bool sum_of(const Staging &staging, const Line &own, con
     if (sharing.kept && !staging.free_slot(index)) return false;
     const u64 length = staging.last(index, own.bytes) - staging.first(index);
     const u64 whole = sharing.wide ? length / WIDE * WIDE : 0;
-    sum_chunk<T, WIDE>(staging, own, index, 0, whole, sharing);
-    sum_chunk<T, sizeof(typename T::Bits)>(staging, own, index, whole, length, sharing);
+    sum_chunk<T, WIDE>(staging, own, own, index, 0, whole, sharing);
+    sum_chunk<T, sizeof(typename T::Bits)>(staging, own, own, index, whole, length, sharing);
     if (sharing.told) staging.tell_summed(index);
     return true;
 }
@@ -149,37 +176,101 @@ template <class T> __device__ __noinline__ bool all_reduce_staged(const Call &ca
     return true;
 }
 
-template <class T> __device__ __noinline__ bool reduce_scatter_staged(const Call &call, const Meeting &meeting) {
-    typedef typename T::Bits Bits;
-    const Rank *rank = call.rank();
-    const u64 columns = call.columns;
-    const Line own = line_of(call.input(columns), 0, columns, sizeof(Bits));
-    const Staging staging(call, meeting, call.rows * columns * sizeof(Bits));
-    const u64 begin = call.begin[rank->rank], end = call.end[rank->rank];
-    const u32 least = call.gets() ? staging.chunks(call.rows * columns * sizeof(Bits)) : 0;
-    return each_chunk(staging, own, [&](u32) { return call.rows * columns * sizeof(Bits); }, least, [&](u32 index) {
-        const u64 from = staging.first(index) / sizeof(Bits);
-        const u64 to = staging.last(index, call.rows * columns * sizeof(Bits)) / sizeof(Bits);
-#pragma unroll 1
-        for (u64 at = from + threadIdx.x; at < to; at += blockDim.x) {
-            const u64 row = at / columns, column = at % columns;
-            if (column < begin || column >= end) continue;
-            Pack<T, sizeof(Bits)> sum;
-            bool first = true;
-#pragma unroll 1
-            for (u32 peer = 0; peer < rank->ranks; ++peer) {
-                if (!meeting.gives(peer)) continue;
-                const Peer &about = meeting.peers[peer];
-                const Bits *place = staging.direct(peer)
-                                        ? (const Bits *)about.data + row * about.stride + column
-                                        : (const Bits *)staging.slot(peer, index) + (at - from);
-                const Bits value = load_once(place);
-                sum.add(&value, first);
-                first = false;
+// Chunks of a sum whose columns are scattered. They go round by round: one chunk of every rank's columns, which all
+// others put for it in the same turn. No turn waits for a later one, so that no ring of waits can close.
+struct Rounds {
+    const Staging &staging;
+    u64 bytes;  // of one column, in all rows
+
+    __device__ u32 chunks(u32 target) const { return staging.chunks(staging.call.width(target) * bytes); }
+
+    // Waits until the slot for what this rank puts at `place` is free: everyone has taken what was put at least as many
+    // places before as there are slots.
+    __device__ __noinline__ bool free_place(u32 place) const {
+        const Rank *rank = staging.rank;
+        const u32 peer = threadIdx.x;
+        bool alive = true;
+        if (place >= rank->slots && peer < rank->ranks && peer != rank->rank && staging.puts_for(peer)) {
+            const u32 before = place - rank->slots, first = staging.place(rank->rank, peer, 0);
+            const u32 count = chunks(peer);
+            if (count > 0 && before >= first) {
+                const u32 round = min((before - first) / ((rank->ranks - 1) | 1), count - 1);
+                const u64 mark = staging.mark(staging.place(rank->rank, peer, round));
+                alive = wait_for(staging.call, &rank->in[peer]->consumed[blockIdx.x].value, mark, peer);
             }
-            sum.round((Bits *)call.me().output + row * call.me().output_stride + (column - begin));
         }
-    });
+        return !__syncthreads_or(!alive);
+    }
+
+    // Puts a chunk of the columns of `target` where it sees it.
+    __device__ __noinline__ bool put(u32 target, u32 round, u32 size) const {
+        const Call &call = staging.call;
+        const Rank *rank = staging.rank;
+        if (target == rank->rank || !call.gives() || !staging.puts_for(target) || round >= chunks(target)) return true;
+        const u32 place = staging.place(rank->rank, target, round);
+        if (!free_place(place)) return false;
+        const Line line = line_of(call.input(call.width(target)), call.begin[target], call.width(target), size);
+        copy_line<false>(line, staging.first(round), staging.last(round, line.bytes), staging.slot(rank->rank, place));
+        __syncthreads();
+        if (threadIdx.x == 0) store_release(&rank->out[target]->staged[blockIdx.x].value, staging.mark(place));
+        return true;
+    }
+
+    // Waits for what the others put of chunk `round` of this rank's columns.
+    __device__ __noinline__ bool await(u32 round) const {
+        const Rank *rank = staging.rank;
+        const u32 peer = threadIdx.x;
+        bool alive = true;
+        if (peer < rank->ranks && staging.takes_from(peer)) {
+            const u64 mark = staging.mark(staging.place(peer, rank->rank, round));
+            alive = wait_for(staging.call, &rank->in[peer]->staged[blockIdx.x].value, mark, peer);
+        }
+        return !__syncthreads_or(!alive);
+    }
+
+    // Lets go of it.
+    __device__ __noinline__ void release(u32 round) const {
+        const Rank *rank = staging.rank;
+        const u32 peer = threadIdx.x;
+        __syncthreads();
+        if (peer < rank->ranks && staging.takes_from(peer)) {
+            const u64 mark = staging.mark(staging.place(peer, rank->rank, round));
+            store_relaxed(&rank->out[peer]->consumed[blockIdx.x].value, mark);
+        }
+    }
+};
+
+// Every rank puts for each rank out of reach that rank's columns only, and sums its own.
+template <class T> __device__ __noinline__ bool reduce_scatter_staged(const Call &call, const Meeting &meeting) {
+    constexpr u32 size = sizeof(typename T::Bits);
+    const Rank *rank = call.rank();
+    const u32 me = rank->rank;
+    u32 widest = 0;
+#pragma unroll 1
+    for (u32 peer = 0; peer < rank->ranks; ++peer) widest = max(widest, call.width(peer));
+    const Staging staging(call, meeting, call.rows * widest * size);
+    const Rounds rounds{staging, call.rows * size};
+    const Line own = line_of(call.input(call.width(me)), call.begin[me], call.width(me), size);
+    const Line target = line_of(call.output(call.width(me)), 0, call.width(me), size);
+    const Sharing sharing(staging, own, target, (u64)call.begin[me] * size, size);
+    const u32 mine = call.gets() ? rounds.chunks(me) : 0;
+    const u32 turns = staging.chunks(call.rows * widest * size) * rank->ranks;
+#pragma unroll 1
+    for (u32 step = 0; step <= turns; ++step) {
+        const u32 whose = staging.whose(step % rank->ranks);
+        if (step < turns && !rounds.put(whose, step / rank->ranks, size)) return false;
+        if (step == 0) continue;
+        // What was put for the last turn.
+        const u32 round = (step - 1) / rank->ranks;
+        if (staging.whose((step - 1) % rank->ranks) != me || round >= mine) continue;
+        if (!rounds.await(round)) return false;
+        const u64 length = staging.last(round, target.bytes) - staging.first(round);
+        const u64 whole = sharing.wide ? length / WIDE * WIDE : 0;
+        sum_chunk<T, WIDE>(staging, own, target, round, 0, whole, sharing);
+        sum_chunk<T, size>(staging, own, target, round, whole, length, sharing);
+        rounds.release(round);
+    }
+    return true;
 }
 
 // What `take_direct` leaves.
@@ -188,7 +279,7 @@ __device__ __noinline__ bool take_staged(const Call &call, const Meeting &meetin
     const u32 me = rank->rank;
     const Line own = line_of(call.input(call.width(me)), call.skip[me], call.width(me), 1);
     const Staging staging(call, meeting, call.rows * call.columns);
-    return each_chunk(staging, own, [&](u32 peer) { return call.rows * call.width(peer); }, 0, [&](u32 index) {
+    return each_chunk(staging, own, [&](u32 peer) { return call.rows * call.width(peer); }, [&](u32 index) {
 #pragma unroll 1
         for (u32 peer = 0; peer < rank->ranks; ++peer) {
             const u64 bytes = call.rows * call.width(peer);

@@ -131,12 +131,21 @@ struct Staging {
         return line;
     }
 
-    // A peer's slot as if it held its whole tensor.
-    __device__ Line slot_line(const Line &own, u32 peer, u32 index) const {
-        return Line{(u64)slot(peer, index) - first(index), own.width, own.width, own.bytes};
-    }
-
     __device__ u64 mark(u32 index) const { return call.sequence() << 24 | (index + 1); }
+
+    // Which of this block's turns in a round is the rank's: blocks begin with different ranks, so that all links are busy.
+    __device__ u32 turn(u32 peer) const { return (peer + blockIdx.x) % rank->ranks; }
+
+    // Whose a turn is.
+    __device__ u32 whose(u32 turn) const { return (turn + rank->ranks - blockIdx.x % rank->ranks) % rank->ranks; }
+
+    // Of a giver's chunks in the order in which it puts them, the place of chunk `round` of the columns of `target`. It
+    // is counted as if the giver put for all others: who takes does not know whom the giver reaches. The odd number of
+    // places in a round lets chunks for one target use all slots where there are four.
+    __device__ u32 place(u32 giver, u32 target, u32 round) const {
+        const u32 at = turn(target) - (turn(target) > turn(giver) ? 1 : 0);
+        return round * ((rank->ranks - 1) | 1) + at;
+    }
 
     // Waits until this rank's slot for chunk `index` is free. Called by all threads of the block.
     __device__ __noinline__ bool free_slot(u32 index) const {
@@ -208,12 +217,11 @@ struct Staging {
 };
 
 // Every chunk of every rank goes past `work(index)`, which sees those of the givers in their slots. The next chunk is
-// put before the last one is waited for. `bytes(peer)` is the length of a peer's line, and `least` the number of chunks
-// to work on also where every giver is in reach.
+// put before the last one is waited for. `bytes(peer)` is the length of a peer's line.
 template <class Length, class Work>
-__device__ __forceinline__ bool each_chunk(const Staging &staging, const Line &own, Length bytes, u32 least, Work work) {
+__device__ __forceinline__ bool each_chunk(const Staging &staging, const Line &own, Length bytes, Work work) {
     const Call &call = staging.call;
-    u32 mine = 0, theirs = least;
+    u32 mine = 0, theirs = 0;
 #pragma unroll 1
     for (u32 peer = 0; peer < staging.rank->ranks; ++peer) {
         if (call.gives() && staging.puts_for(peer)) mine = staging.chunks(own.bytes);

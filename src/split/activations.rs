@@ -79,7 +79,7 @@ pub const CUDA_FRAMEWORK_BYTES: u64 = CUDA_CONTEXT_BYTES + CUDA_RANK_BYTES;
 /// Bytes of memory that a rank stages chunks of large messages through where a peer does not reach its device.
 pub const STAGING_BYTES: u64 = 4 << 20;
 /// Bytes of a rank's record, and of each peer's inbox beside the areas for small messages.
-const RECORD_BYTES: u64 = 16 << 10;
+const RECORD_BYTES: u64 = 32 << 10;
 /// What devices round an allocation up to.
 const ALLOCATION_STEP: u64 = 2 << 20;
 

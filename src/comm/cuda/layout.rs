@@ -28,7 +28,7 @@ pub(super) struct Status {
 }
 
 /// Bytes of an inbox without the areas for small sums behind it.
-pub(super) const INBOX_BYTES: usize = 12672;
+pub(super) const INBOX_BYTES: usize = 24960;
 /// Where an inbox has the word by which its writer says that it stopped.
 pub(super) const STOP_AT: usize = 256;
 

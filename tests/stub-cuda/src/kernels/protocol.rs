@@ -21,7 +21,7 @@ const STOP: u64 = FINISHED + LINE;
 const STAGED: u64 = STOP + LINE;
 const CONSUMED: u64 = STAGED + LINE * STAGING_BLOCKS;
 const SUMMED: u64 = CONSUMED + LINE * STAGING_BLOCKS;
-const STAGING_BLOCKS: u64 = 32;
+const STAGING_BLOCKS: u64 = 64;
 const _: () = assert!(STOP == STOP_AT as u64 && SUMMED + LINE * STAGING_BLOCKS == INBOX_BYTES as u64);
 
 /// A peer of the running operation.

@@ -56,9 +56,9 @@ const LEAST: u64 = 16 * THREADS as u64;
 
 /// The chunks of one block, and its place in everybody's staging memory.
 pub(super) struct Staging<'a> {
-    seat: &'a Seat<'a>,
-    meeting: &'a Meeting,
-    block: u32,
+    pub(super) seat: &'a Seat<'a>,
+    pub(super) meeting: &'a Meeting,
+    pub(super) block: u32,
     /// Blocks that stage; the others have nothing to do.
     blocks: u64,
     /// Bytes of a chunk.
@@ -78,11 +78,11 @@ impl<'a> Staging<'a> {
         self.meeting.gives(peer) && !self.seat.direct(self.meeting, peer)
     }
 
-    fn puts_for(&self, peer: usize) -> bool {
+    pub(super) fn puts_for(&self, peer: usize) -> bool {
         self.meeting.gets(peer) && !self.seat.seen_by(peer)
     }
 
-    fn peers(&self, which: impl Fn(usize) -> bool) -> impl Iterator<Item = usize> {
+    pub(super) fn peers(&self, which: impl Fn(usize) -> bool) -> impl Iterator<Item = usize> {
         (0..self.seat.ranks()).filter(move |peer| which(*peer))
     }
 
@@ -111,7 +111,7 @@ impl<'a> Staging<'a> {
         entry(&self.seat.rank.stage, owner) + place * u64::from(self.seat.rank.slot_bytes)
     }
 
-    fn mark(&self, index: u64) -> u64 {
+    pub(super) fn mark(&self, index: u64) -> u64 {
         self.meeting.sequence << 24 | (index + 1)
     }
 
@@ -172,19 +172,13 @@ impl<'a> Staging<'a> {
         line.write(self.seat.eye, from, &chunk)
     }
 
-    /// Every chunk of every rank goes past `work(index)`; the next one is put before the last is waited for. `least`
-    /// chunks are worked on in any case. False: a wait had to end.
-    pub(super) fn each_chunk(
-        &self,
-        own: &Line,
-        bytes: &[u64],
-        least: u64,
-        work: impl Fn(u64) -> Result,
-    ) -> Result<bool> {
+    /// Every chunk of every rank goes past `work(index)`; the next one is put before the last is waited for. False: a
+    /// wait had to end.
+    pub(super) fn each_chunk(&self, own: &Line, bytes: &[u64], work: impl Fn(u64) -> Result) -> Result<bool> {
         let puts = self.seat.gives() && self.peers(|peer| self.puts_for(peer)).next().is_some();
         let mine = if puts { self.chunks(own.bytes) } else { 0 };
         let takes = self.peers(|peer| self.seat.gets() && self.takes_from(peer));
-        let theirs = takes.map(|peer| self.chunks(entry(bytes, peer))).max().unwrap_or(0).max(least);
+        let theirs = takes.map(|peer| self.chunks(entry(bytes, peer))).max().unwrap_or(0);
         for step in 0..mine.max(theirs + 1) {
             if step < mine && !self.put(own, step)? {
                 return Ok(false);

@@ -39,7 +39,7 @@ pub(super) fn staged(seat: &Seat<'_>, meeting: &Meeting, block: u32) -> Result<b
     let own = Line::of(seat.me.input, seat.me.input_stride, rows, skip, seat.width(me), 1);
     let bytes: Vec<u64> = (0..seat.ranks()).map(|peer| rows * seat.width(peer)).collect();
     let staging = Staging::new(seat, meeting, block, rows * seat.call.columns);
-    staging.each_chunk(&own, &bytes, 0, |index| {
+    staging.each_chunk(&own, &bytes, |index| {
         for peer in 0..seat.ranks() {
             let length = entry(&bytes, peer);
             if !staging.takes_from(peer) || staging.first(index) >= length {
