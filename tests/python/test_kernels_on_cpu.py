@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -159,6 +160,36 @@ def test_every_rank_gets_its_columns_of_a_sum(kernels: Kernels, dtype: torch.dty
         groups = groups_of(ranks.reaches)
         for _ in range(random.randint(1, 3)):
             add_reduce_scatter(ranks, dtype, groups)
+        ranks.check()
+
+
+@pytest.mark.parametrize("reach", [*REACH, "none", "random"])
+def test_every_rank_gets_its_columns_of_a_sum_that_slots_hold_many_times(
+    kernels: Kernels, reach: str
+) -> None:
+    for _ in range(6):
+        dtype = random.choice(FLOATS)
+        ranks = Ranks(kernels, reach_of(reach, random.choice([2, 2, 3, 4, 5])))
+        # Of a rank's columns more than its slots hold; some ranks have few, or none.
+        held = ranks.slots * ranks.staging_blocks * ranks.slot_bytes
+        rows = random.choice([1, 3])
+        most = held * 3 // 2 // rows // dtype.itemsize
+        widths = [random.choice([most, most // 16 * 16, most // 9, 1, 0]) for _ in ranks.everyone()]
+        widths[random.randrange(ranks.count)] = most // 16 * 16
+        cuts = list(itertools.accumulate(widths, initial=0))
+        intervals = list(itertools.pairwise(cuts))
+        lies, groups = plain(ranks), groups_of(ranks.reaches)
+        sources: list[Tensor | None] = [
+            ranks.tensor(rank, (rows, cuts[-1]), dtype, plain=lies[rank]) if part else None
+            for rank, part in enumerate(some(ranks))
+        ]
+        targets: list[Tensor | None] = [
+            ranks.tensor(rank, (rows, width), dtype, plain=random.choice(lies), fill=False)
+            if width and random.random() < 0.9
+            else None
+            for rank, width in enumerate(widths)
+        ]
+        ranks.reduce_scatter(sources, targets, intervals, small=False, groups=groups)
         ranks.check()
 
 

@@ -26,6 +26,9 @@ pub(super) const ENGINES_ABOVE: usize = usize::MAX;
 const SMALL_BYTES_A_BLOCK: usize = 8 * THREADS as usize;
 /// Bytes of other operations that are worth a block.
 const BYTES_A_BLOCK: usize = 32 * THREADS as usize;
+/// The same where some ranks do not reach others: the least chunk that is staged. A second one in the same block would wait
+/// until the first has gone all the way through host memory.
+const STAGED_BYTES_A_BLOCK: usize = 16 * THREADS as usize;
 
 /// Which kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,7 +150,11 @@ impl Cuda {
             _ if small => Kernel::TakeSmall,
             _ => Kernel::Take,
         };
-        let worth = bytes.div_ceil(if kernel.pushes() { SMALL_BYTES_A_BLOCK } else { BYTES_A_BLOCK });
+        let worth = bytes.div_ceil(match kernel.pushes() {
+            true => SMALL_BYTES_A_BLOCK,
+            false if self.rooms.connected => BYTES_A_BLOCK,
+            false => STAGED_BYTES_A_BLOCK,
+        });
         let blocks = u32::try_from(worth).unwrap_or(u32::MAX).clamp(1, self.blocks);
         let mut members = [Member::default(); MOST_RANKS];
         for ((rank, member), pair) in members.iter_mut().enumerate().zip(pairs) {

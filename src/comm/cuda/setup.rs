@@ -1,18 +1,21 @@
 //! What a communicator owns on its devices: a record a rank, an inbox for each ordered pair of ranks, staging memory.
 
 use super::kernels::Machine;
-use super::layout::{INBOX_BYTES, LETTER_BYTES, MOST_RANKS, Rank, STOP_AT, Status};
+use super::layout::{INBOX_BYTES, LETTER_BYTES, MOST_RANKS, Rank, STOP_AT, Status, THREADS};
 use crate::comm::options::Peers;
 use crate::device::cuda::{Connections, DeviceMemory, PinnedMemory, Prover, connect, read, write};
 use crate::error::Result;
-use crate::split::activations::pushed_bytes;
+use crate::split::activations::{STAGING_BYTES, pushed_bytes};
 
-/// Bytes of one slot of staging memory, the largest chunk.
-const SLOT_BYTES: usize = 64 << 10;
+/// Blocks that stage, at most. While one waits for a fence or for a load from host memory, which take microseconds, none of
+/// its data moves: so there are many with small chunks. Sixteen with chunks of 64 KiB were a tenth slower.
+const STAGING_BLOCKS: usize = 64;
+/// Bytes of one slot of staging memory, the largest chunk, where few blocks stage.
+const MOST_SLOT_BYTES: usize = 64 << 10;
+/// Bytes of the least chunk, of which a slot holds a number: 16 a thread.
+const LEAST_CHUNK: usize = 16 * THREADS as usize;
 /// Slots of a block. Three would do; with four a rank can run ahead of the others' latency.
 const SLOTS: usize = 4;
-/// The most blocks that stage. They have half a megabyte under way, which is more than any link to the host can.
-const STAGING_BLOCKS: usize = 16;
 /// Where the inboxes begin behind a rank's record.
 const RECORD_BYTES: usize = LETTERS_AT + MOST_RANKS * 2 * LETTER_BYTES;
 /// Where a rank counts the blocks of its copies to host memory.
@@ -222,11 +225,18 @@ impl Plan<'_> {
         self.blocks.min(STAGING_BLOCKS)
     }
 
+    /// Bytes of a slot: so many that a rank's slots fill what plans count for them.
+    fn slot_bytes(&self) -> usize {
+        let slots = self.staging_blocks() * SLOTS;
+        let fair = usize::try_from(STAGING_BYTES).unwrap_or(usize::MAX) / slots.max(1);
+        (fair / LEAST_CHUNK * LEAST_CHUNK).clamp(LEAST_CHUNK, MOST_SLOT_BYTES)
+    }
+
     /// Says where everything will be.
     fn lay_out(&self) -> Map {
         let ranks = self.ranks;
         let inbox = INBOX_BYTES + 4 * self.small;
-        let stage = if ranks > 1 { self.staging_blocks() * SLOTS * SLOT_BYTES } else { 0 };
+        let stage = if ranks > 1 { self.staging_blocks() * SLOTS * self.slot_bytes() } else { 0 };
         let mut host = Places { bytes: 0 };
         let mut map = Map {
             status_at: host.take(ranks * size_of::<Status>()),
@@ -264,7 +274,7 @@ impl Plan<'_> {
         let mut record = Rank {
             index: u32::try_from(rank).unwrap_or(0),
             ranks: u32::try_from(self.ranks).unwrap_or(0),
-            slot_bytes: u32::try_from(SLOT_BYTES).unwrap_or(0),
+            slot_bytes: u32::try_from(self.slot_bytes()).unwrap_or(0),
             slots: u32::try_from(SLOTS).unwrap_or(0),
             small_bytes: self.small as u64,
             out: [0; MOST_RANKS],
