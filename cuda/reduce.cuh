@@ -12,37 +12,79 @@ template <class Bits> __device__ __forceinline__ Bits *element(u64 data, u64 col
     return (Bits *)data + (columns == stride ? index : scattered(index, columns, stride));
 }
 
+// Positions that one thread sums at once. Sums of bytes widen to so much that there is room for no more.
+template <class T, u32 BYTES> constexpr u32 SUMMED_AT_ONCE = BYTES == WIDE && sizeof(typename T::Bits) > 1 ? 2 : 1;
+
+// Sums of `BYTES` at several positions of a thread, of which the first `positions` are wanted. `place` says where a rank
+// has the position of that number. What two ranks have is loaded at all positions before any of it is added: a load from
+// another device takes about two microseconds, and all of them are under way at once then.
+template <class T, u32 BYTES, u32 N> struct Summing {
+    typedef typename T::Bits Bits;
+    typedef typename Bytes<BYTES>::Type Vector;
+    union Value {
+        Vector vector;
+        Bits elements[BYTES / sizeof(Bits)];
+    };
+    Value results[N];
+
+    template <class Place>
+    __device__ __forceinline__ Summing(const Meeting &meeting, u32 ranks, u32 positions, Place place) {
+        const auto giver_from = [&](u32 peer) {
+            while (peer < ranks && !meeting.gives(peer)) ++peer;
+            return peer;
+        };
+        Pack<T, BYTES> sums[N];
+        Value second[N];
+        bool first = true;
+        u32 peer = giver_from(0);
+#pragma unroll 1
+        while (peer < ranks) {
+            const u32 other = giver_from(peer + 1);
+#pragma unroll
+            for (u32 i = 0; i < N; ++i) {
+                if (i < positions) results[i].vector = load_once((const Vector *)place(meeting.peers[peer], i));
+            }
+#pragma unroll
+            for (u32 i = 0; i < N; ++i) {
+                if (i < positions && other < ranks) second[i].vector = load_once((const Vector *)place(meeting.peers[other], i));
+            }
+#pragma unroll
+            for (u32 i = 0; i < N; ++i) sums[i].add(results[i].elements, first);
+            first = false;
+            if (other >= ranks) break;
+#pragma unroll
+            for (u32 i = 0; i < N; ++i) sums[i].add(second[i].elements, false);
+            peer = giver_from(other + 1);
+        }
+#pragma unroll
+        for (u32 i = 0; i < N; ++i) sums[i].round(results[i].elements);
+    }
+};
+
 // What one rank sums for others: of the elements [from, to) of the whole, each from all who give, written to all
 // who get.
 template <class T, u32 BYTES>
 __device__ __noinline__ void reduce_range(const Call &call, const Meeting &meeting, u64 from, u64 to) {
     typedef typename T::Bits Bits;
-    constexpr u32 count = BYTES / sizeof(Bits);
+    typedef typename Bytes<BYTES>::Type Vector;
+    constexpr u32 count = BYTES / sizeof(Bits), at_once = SUMMED_AT_ONCE<T, BYTES>;
     const u32 ranks = call.rank()->ranks;
     const u64 columns = call.columns;
-    for (u64 at = from + ((u64)blockIdx.x * blockDim.x + threadIdx.x) * count; at < to;
-         at += (u64)gridDim.x * blockDim.x * count) {
-        union {
-            typename Bytes<BYTES>::Type vector;
-            Bits elements[count];
-        } value;
-        Pack<T, BYTES> sum;
-        bool first = true;
-#pragma unroll 1
-        for (u32 peer = 0; peer < ranks; ++peer) {
-            if (!meeting.gives(peer)) continue;
-            const Peer &about = meeting.peers[peer];
-            value.vector = load_once((const typename Bytes<BYTES>::Type *)element<Bits>(
-                about.data, columns, about.stride, at));
-            sum.add(value.elements, first);
-            first = false;
-        }
-        sum.round(value.elements);
+    const u64 step = (u64)gridDim.x * blockDim.x * count;
+    for (u64 at = from + ((u64)blockIdx.x * blockDim.x + threadIdx.x) * count; at < to; at += at_once * step) {
+        u32 positions = 1;
+        while (positions < at_once && at + positions * step < to) ++positions;
+        const auto place = [&](const Peer &about, u32 i) {
+            return element<Bits>(about.data, columns, about.stride, at + i * step);
+        };
+        const Summing<T, BYTES, at_once> sum(meeting, ranks, positions, place);
 #pragma unroll 1
         for (u32 peer = 0; peer < ranks; ++peer) {
             if (!meeting.gets(peer)) continue;
-            const Peer &about = meeting.peers[peer];
-            *(typename Bytes<BYTES>::Type *)element<Bits>(about.data, columns, about.stride, at) = value.vector;
+#pragma unroll
+            for (u32 i = 0; i < at_once; ++i) {
+                if (i < positions) *(Vector *)place(meeting.peers[peer], i) = sum.results[i].vector;
+            }
         }
     }
 }
@@ -85,29 +127,29 @@ template <class T, u32 BYTES>
 __device__ __noinline__ void reduce_own_columns(const Call &call, const Meeting &meeting) {
     typedef typename T::Bits Bits;
     typedef typename Bytes<BYTES>::Type Vector;
-    constexpr u32 count = BYTES / sizeof(Bits);
+    constexpr u32 count = BYTES / sizeof(Bits), at_once = SUMMED_AT_ONCE<T, BYTES>;
     const View view = call.output(call.width(call.rank()->rank));
     const u64 begin = call.begin[call.rank()->rank];
-    const u64 across = view.columns / count;
-    for (u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x; at < view.rows * across;
-         at += (u64)gridDim.x * blockDim.x) {
-        const u64 row = at / across, column = at % across * count;
-        union {
-            Vector vector;
-            Bits elements[count];
-        } value;
-        Pack<T, BYTES> sum;
-        bool first = true;
-#pragma unroll 1
-        for (u32 peer = 0; peer < call.rank()->ranks; ++peer) {
-            if (!meeting.gives(peer)) continue;
-            const Peer &about = meeting.peers[peer];
-            value.vector = load_once((const Vector *)((const Bits *)about.data + row * about.stride + begin + column));
-            sum.add(value.elements, first);
-            first = false;
+    const u64 across = view.columns / count, total = view.rows * across;
+    const u64 step = (u64)gridDim.x * blockDim.x;
+    for (u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x; at < total; at += at_once * step) {
+        u64 rows[at_once], columns[at_once];
+        u32 positions = 0;
+#pragma unroll
+        for (u32 i = 0; i < at_once; ++i) {
+            if (at + i * step >= total) continue;
+            rows[i] = (at + i * step) / across;
+            columns[i] = (at + i * step - rows[i] * across) * count;
+            ++positions;
         }
-        sum.round(value.elements);
-        *(Vector *)((Bits *)view.data + row * view.stride + column) = value.vector;
+        const Summing<T, BYTES, at_once> sum(meeting, call.rank()->ranks, positions, [&](const Peer &about, u32 i) {
+            return (const Bits *)about.data + rows[i] * about.stride + begin + columns[i];
+        });
+#pragma unroll
+        for (u32 i = 0; i < at_once; ++i) {
+            if (i >= positions) continue;
+            *(Vector *)((Bits *)view.data + rows[i] * view.stride + columns[i]) = sum.results[i].vector;
+        }
     }
 }
 
