@@ -35,6 +35,13 @@ __device__ __forceinline__ void store_volatile(uint4 *at, uint4 value) {
                  : "memory");
 }
 
+// 16 aligned bytes in one access: whoever sees one of the words sees all. PTX models a vector as accesses of its elements
+// in any order, but promises that a scalar of 128 bits is one access from sm_70 on (`ld` and `st` of `.b128`, PTX ISA 8.3,
+// with the scope `.sys` 8.4). The text for drivers of CUDA 12.2 is PTX 8.2 and can't name that type; ptxas 12.9 makes the same
+// instruction of both, from sm_70 to sm_120.
+__device__ __forceinline__ uint4 load_whole(const uint4 *at) { return load_volatile(at); }
+__device__ __forceinline__ void store_whole(uint4 *at, uint4 value) { store_volatile(at, value); }
+
 // A release and an acquire order also what the other threads of a block wrote before a barrier with the thread that
 // makes them, or read after one (they are cumulative). A fence in every thread would do no more and takes far longer:
 // fences of the system are served one by one where writes to host memory are under way.
@@ -42,6 +49,22 @@ __device__ __forceinline__ u64 load_acquire(const u64 *at) {
     u64 value;
     asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
     return value;
+}
+
+__device__ __forceinline__ uint4 load_acquire(const uint4 *at) {
+    uint4 value;
+    asm volatile("ld.acquire.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(at)
+                 : "memory");
+    return value;
+}
+
+// Adds one, in an access that is both a release and an acquire among the device's threads.
+__device__ __forceinline__ u32 count_up(u32 *at) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
+    return before;
 }
 
 __device__ __forceinline__ void store_release(u64 *at, u64 value) {

@@ -34,8 +34,7 @@ struct Status {
     u32 signature;  // of the call that did not succeed
 };
 
-// A value beside the sequence number it belongs to. It is written and read in one access of 8 bytes, so whoever
-// sees the number sees the value: data is its own flag, and no bit pattern is taken from the data.
+// Values beside the sequence number they belong to, in accesses of 8 bytes: whoever sees the number sees the value.
 struct Letter {
     u32 words[8][2];  // signature, role, data (low, high), stride (low, high), two unused
 };
@@ -255,16 +254,6 @@ template <bool ADDRESSES> __device__ __forceinline__ void announce(const Call &c
     }
 }
 
-// Reads one part of a letter once it is there.
-__device__ __forceinline__ bool receive(Patience &patience, const uint4 *part, u32 sequence, u32 peer,
-                                        uint4 &value) {
-    for (;;) {
-        value = load_volatile(part);
-        if (value.y == sequence && value.w == sequence) return true;
-        if (patience.over(peer)) return false;
-    }
-}
-
 // Whether both this rank and the writer of a letter bring something.
 __device__ __forceinline__ bool both_bring(const Call &call, const uint4 &what) {
     return (what.z & (GIVES | GETS)) != 0 && (call.role() & (GIVES | GETS)) != 0;
@@ -278,22 +267,38 @@ __device__ __forceinline__ bool agrees(const Call &call, u32 peer, const uint4 &
 }
 
 // Waits for the first part of a peer's letter and, with `addresses`, for the others. Small sums don't write those, and a
-// rank that only comes to one needs none. The first block passes on what it reads where letters come to host memory,
-// which all blocks would look at one after the other.
+// rank that only comes to one needs none. One look takes as long as the way to memory, so all parts are looked at together.
+// The first block passes on what it reads where letters come to host memory, which all blocks would look at one after the
+// other. What the peer wrote before its letter can be read after it, by the whole block after a barrier.
 __device__ __noinline__ bool read_letter(const Call &call, u32 peer, uint4 *letter, bool addresses) {
     const Rank *rank = call.rank();
     const u32 sequence = (u32)call.sequence();
     const uint4 *own = (const uint4 *)&rank->in[peer]->letters[sequence & 1];
     uint4 *seen = (uint4 *)&rank->seen[peer][sequence & 1];
+    const uint4 *from = blockIdx.x == 0 ? own : seen;
     Patience patience(call);
-#pragma unroll 1
-    for (u32 part = 0; part < 3; ++part) {
-        if (!receive(patience, blockIdx.x == 0 ? own + part : seen + part, sequence, peer, letter[part])) return false;
-        if (blockIdx.x == 0 && seen != own) store_volatile(seen + part, letter[part]);
-        if (part == 0 && !agrees(call, peer, letter[0])) return false;
-        if (!addresses || !both_bring(call, letter[0])) break;
+    bool known = false;
+    for (;;) {
+#pragma unroll
+        for (u32 part = 0; part < 3; ++part) {
+            if (part == 0 || addresses) letter[part] = load_acquire(from + part);
+        }
+        const auto come = [&](const uint4 &part) { return part.y == sequence && part.w == sequence; };
+        if (!known && come(letter[0])) {
+            if (!agrees(call, peer, letter[0])) return false;
+            known = true;
+        }
+        const bool wanted = addresses && both_bring(call, letter[0]);
+        if (known && (!wanted || (come(letter[1]) && come(letter[2])))) {
+            if (blockIdx.x != 0 || seen == own) return true;
+#pragma unroll
+            for (u32 part = 0; part < 3; ++part) {
+                if (part == 0 || wanted) store_volatile(seen + part, letter[part]);
+            }
+            return true;
+        }
+        if (patience.over(peer)) return false;
     }
-    return true;
 }
 
 // Waits for all letters. Ends in a barrier of the block, whose threads all return the same. False: leave at once.
@@ -313,8 +318,6 @@ __device__ __noinline__ bool meet(const Call &call, Meeting &meeting) {
             about.data = letter[1].x | (u64)letter[1].z << 32;
             about.stride = letter[2].x | (u64)letter[2].z << 32;
             about.role = letter[0].z;
-            // What peers wrote before their letters is read after it.
-            __threadfence_system();
         }
     }
     return !__syncthreads_or(!alive);
@@ -337,12 +340,10 @@ __device__ __noinline__ void leave(const Call &call, const Meeting *meeting) {
     const Rank *rank = call.rank();
     Rank *record = call.record();
     u32 last = 0;
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicAdd(&record->leaving, 1) == gridDim.x - 1;
-        __threadfence();
-    }
+    // Who is last has acquired what all blocks released: its own release below, cumulative, hands that on to the peers.
+    if (threadIdx.x == 0) last = gridDim.x == 1 || count_up(&record->leaving) == gridDim.x - 1;
     if (__shfl_sync(WARP, last, 0) == 0) return;
+    __syncwarp();
     const u32 peer = threadIdx.x;
     if (meeting != nullptr && peer < rank->ranks && peer != rank->rank && meeting->present(peer)) {
         store_release(&rank->out[peer]->finished.value, call.sequence());

@@ -92,6 +92,19 @@ inline void store_volatile(uint4 *at, uint4 value) {
     __atomic_store_n((u64 *)at + 1, halves[1], __ATOMIC_RELAXED);
     emulation::maybe_pause();
 }
+// Promised to be one access, unlike the others of 16 bytes.
+inline uint4 load_whole(const uint4 *at) {
+    if ((uintptr_t)at % 16 != 0) emulation::complain("a load that is not aligned", at);
+    emulation::pause();
+    return *at;
+}
+inline void store_whole(uint4 *at, uint4 value) {
+    if ((uintptr_t)at % 16 != 0) emulation::complain("a store that is not aligned", at);
+    emulation::maybe_pause();
+    *at = value;
+    emulation::maybe_pause();
+}
+inline uint4 load_acquire(const uint4 *at) { return load_volatile(at); }
 inline u64 load_acquire(const u64 *at) {
     emulation::pause();
     return __atomic_load_n(at, __ATOMIC_ACQUIRE);
@@ -147,6 +160,7 @@ inline u32 atomicAdd(u32 *at, u32 value) {
     emulation::maybe_pause();
     return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 }
+inline u32 count_up(u32 *at) { return atomicAdd(at, 1); }
 inline u32 atomicExch(u32 *at, u32 value) {
     emulation::maybe_pause();
     return __atomic_exchange_n(at, value, __ATOMIC_RELAXED);
