@@ -56,7 +56,7 @@ struct Inbox {
     Flag staged[MOST_STAGING_BLOCKS];    // chunks that the writer's block has staged
     Flag consumed[MOST_STAGING_BLOCKS];  // chunks of the reader that the writer's block is done with
     Flag summed[MOST_STAGING_BLOCKS];    // chunks that the writer's block has summed
-    // Behind it: two areas for the data of small sums, each twice as large as the data.
+    // Behind it: two areas for pushed pieces (pieces.cuh), of even and odd operations.
 };
 
 // One rank. Everything up to `sequence` is constant.
@@ -65,7 +65,7 @@ struct Rank {
     u32 ranks;
     u32 slot_bytes;              // of one slot of one block; a multiple of 16
     u32 slots;                   // of one block; at least 3
-    u64 small_bytes;             // the largest tensor that is pushed
+    u64 area_bytes;              // of one area for pushed pieces; a multiple of 16
     Inbox *out[MOST_RANKS];      // written by this rank, read by that one
     Inbox *in[MOST_RANKS];       // written by that rank, read by this one
     u8 *stage[MOST_RANKS];       // each rank's staging memory, as this rank sees it

@@ -1,87 +1,14 @@
-// Operations on little data, in one step: every rank pushes to all others what they need of it, each 4 bytes beside the
-// sequence number. There is no barrier and nothing to clear: two areas take turns, and a rank that is one operation
+// Operations on little data, in one step: every rank pushes to all others what they need of it, in pieces that are their
+// own flags. There is no barrier and nothing to clear: two areas take turns, and a rank that is one operation
 // ahead has seen a letter of every peer, so all are done with the one before.
 #pragma once
 
+#include "pieces.cuh"
 #include "reduce.cuh"
 
-// What is only moved, and has no numbers.
-struct Byte {
-    typedef u8 Bits;
-};
-
-// Whether a tensor can be read and written 8 bytes at a time.
-template <class T> __device__ __forceinline__ bool in_eights(const View &view) {
-    const u64 between = view.rows > 1 ? (view.stride | view.columns) * sizeof(typename T::Bits) : 0;
-    return ((view.data | between) & 7) == 0;
-}
-
-// Eight bytes of a tensor, from its element `first` on; what lies behind its end is zero.
-template <class T> struct Eight {
-    static constexpr u32 COUNT = 8 / sizeof(typename T::Bits);
-    union {
-        uint2 vector;
-        typename T::Bits elements[COUNT];
-    };
-
-    __device__ __forceinline__ void load(const View &view, u64 first, u64 total, bool aligned) {
-        if (aligned && first + COUNT <= total) {
-            vector = *element<uint2>(view.data, view.columns / COUNT, view.stride / COUNT, first / COUNT);
-            return;
-        }
-        u64 word = 0;
-#pragma unroll 1
-        for (u32 i = 0; i < COUNT && first + i < total; ++i) {
-            const u64 bits = *element<typename T::Bits>(view.data, view.columns, view.stride, first + i);
-            word |= bits << (8 * sizeof(typename T::Bits) * i);
-        }
-        vector = make_uint2((u32)word, (u32)(word >> 32));
-    }
-
-    __device__ __forceinline__ void store(const View &view, u64 first, u64 total, bool aligned) const {
-        if (aligned && first + COUNT <= total) {
-            *element<uint2>(view.data, view.columns / COUNT, view.stride / COUNT, first / COUNT) = vector;
-            return;
-        }
-        const u64 word = (u64)vector.y << 32 | vector.x;
-#pragma unroll 1
-        for (u32 i = 0; i < COUNT && first + i < total; ++i) {
-            *element<typename T::Bits>(view.data, view.columns, view.stride, first + i) =
-                (typename T::Bits)(word >> (8 * sizeof(typename T::Bits) * i));
-        }
-    }
-};
-
-// A tensor, or columns of it, in pieces of 8 bytes that the threads share.
-template <class T> struct Pieces {
-    View view;
-    u64 total;  // elements
-    bool aligned;
-
-    __device__ explicit Pieces(const View &view) : view(view), total(view.rows * view.columns), aligned(in_eights<T>(view)) {}
-    __device__ u64 count() const { return (total + Eight<T>::COUNT - 1) / Eight<T>::COUNT; }
-    __device__ __forceinline__ void load(Eight<T> &piece, u64 index) const {
-        piece.load(view, index * Eight<T>::COUNT, total, aligned);
-    }
-    __device__ __forceinline__ void store(const Eight<T> &piece, u64 index) const {
-        piece.store(view, index * Eight<T>::COUNT, total, aligned);
-    }
-};
-
-__device__ __forceinline__ u64 first_piece() { return (u64)blockIdx.x * blockDim.x + threadIdx.x; }
-__device__ __forceinline__ u64 next_piece() { return (u64)gridDim.x * blockDim.x; }
-
-// Where the pieces that go from one rank to another lie behind the inbox.
-__device__ __forceinline__ uint4 *pushed(const Call &call, Inbox *inbox) {
-    const u64 area = sizeof(Inbox) + (call.sequence() & 1) * call.rank()->small_bytes * 2;
-    return (uint4 *)((u8 *)inbox + area);
-}
-
-template <class T> __device__ __forceinline__ void push(const Call &call, u32 peer, u64 index, const Eight<T> &piece) {
-    const u32 sequence = (u32)call.sequence();
-    const uint4 words = make_uint4(piece.vector.x, sequence, piece.vector.y, sequence);
-    store_volatile(pushed(call, call.rank()->out[peer]) + index, words);
-}
+// Pieces that a thread has under way in a sum. Sums of bytes widen to so much that there is room for no more.
+template <class T> constexpr u32 AT_ONCE = sizeof(typename T::Bits) > 1 ? 3 : 1;
+constexpr u32 MOVED_AT_ONCE = 3;
 
 // What one thread knows of the ranks that it meets. The threads of a warp wait together.
 struct Company {
@@ -108,27 +35,40 @@ struct Company {
         return true;
     }
 
-    // Waits for what a peer pushed for each thread that has a `part`, if the peer gives anything. The letter is looked
-    // for at the same time: before it has come, nobody knows whether the peer made the same call. Called by whole
-    // warps, whose threads all return the same.
-    __device__ __forceinline__ bool receive_from(u32 peer, u64 index, bool part, uint4 &words) {
-        const uint4 *place = pushed(call, rank->in[peer]) + index;
+    // Waits for the pieces of `count` that a peer pushed for each thread, from `first` on, if the peer gives anything. The
+    // letter is looked for at the same time: before it has come, nobody knows whether the peer made the same call. Called
+    // by whole warps, whose threads all return the same.
+    template <u32 HELD>
+    __device__ __forceinline__ bool receive_from(u32 peer, u32 first, u32 count, uint4 (&pieces)[HELD]) {
+        const uint4 *place = pushed(call, rank->in[peer]) + first;
         const bool far = (rank->reached >> peer & 1) == 0;
+        u32 missing = 0;
+#pragma unroll
+        for (u32 i = 0; i < HELD; ++i) {
+            if (first + i * next_piece() < count) missing |= 1u << i;
+        }
         bool come = false;
         for (;;) {
             bool alive = true;
             if (!come) {
-                if (part) words = load_volatile(place);
+#pragma unroll
+                for (u32 i = 0; i < HELD; ++i) {
+                    if ((missing >> i & 1) != 0) pieces[i] = load_whole(place + i * next_piece());
+                }
                 if ((known >> peer & 1) == 0) alive = look_for_letter(peer);
-                come = (known >> peer & 1) != 0 && (!part || !gives(peer) || (words.y == sequence && words.w == sequence));
+#pragma unroll
+                for (u32 i = 0; i < HELD; ++i) {
+                    if ((missing >> i & 1) != 0 && pieces[i].w == sequence) missing &= ~(1u << i);
+                }
+                come = (known >> peer & 1) != 0 && (missing == 0 || !gives(peer));
             }
             const u32 waiting = __ballot_sync(WARP, !come);
             if (waiting == 0) return true;
             // In host memory one thread looks until its part is there, before the others look for theirs: looks of all
             // would fill the link and delay what they wait for.
             if (far && lane() == 31 - __clz(waiting) && (known >> peer & 1) != 0) {
-                do words = load_volatile(place);
-                while ((words.y != sequence || words.w != sequence) && !patience.over(peer));
+                const uint4 *last = place + (31 - __clz(missing)) * next_piece();
+                while (load_whole(last).w != sequence && !patience.over(peer)) {}
             }
             if (!come && alive) alive = !patience.over(peer);
             if (!__all_sync(WARP, alive)) return false;
@@ -151,56 +91,72 @@ __device__ __forceinline__ bool greet(const Call &call, bool far) {
     return __all_sync(WARP, alive);
 }
 
+// Adds one rank's pieces to sums that begin with the first rank that gives.
+template <class T, u32 HELD> struct Sums {
+    Pack<T, Piece<T>::BYTES> sums[HELD];
+    bool begins = true;
+
+    __device__ __forceinline__ void add(const Batch<T, HELD> &part) {
+#pragma unroll
+        for (u32 i = 0; i < HELD; ++i) sums[i].add(part.pieces[i].elements, begins);
+        begins = false;
+    }
+    __device__ __forceinline__ void round(Batch<T, HELD> &result) const {
+#pragma unroll
+        for (u32 i = 0; i < HELD; ++i) sums[i].round(result.pieces[i].elements);
+    }
+};
+
 template <class T> __device__ __forceinline__ void all_reduce_small(const Call &call) {
+    typedef Batch<T, AT_ONCE<T>> Held;
     const Pieces<T> tensor(call.output(call.columns));
-    // On its way while the record is.
-    Eight<T> first;
-    tensor.load(first, first_piece());
+    // On their way while the record is.
+    Held first = {};
+    first.load(tensor, first_piece());
     begin(call);
     const Count count(call);
     const Rank *rank = call.rank();
     announce<false>(call);
 #pragma unroll 1
-    for (u64 index = first_piece(); index < tensor.count(); index += next_piece()) {
-        Eight<T> own = first;
-        if (index != first_piece()) tensor.load(own, index);
+    for (u32 index = first_piece(); index < tensor.count(); index += Held::step()) {
+        Held own = first;
+        if (index != first_piece()) own.load(tensor, index);
 #pragma unroll 1
         for (u32 hop = 1; hop < rank->ranks; ++hop) {
             // Every rank begins with another peer, so that none is flooded.
-            push(call, (rank->rank + hop) % rank->ranks, index, own);
+            Inbox *inbox = rank->out[(rank->rank + hop) % rank->ranks];
+            own.push(pushed(call, inbox), index, tensor.count(), (u32)call.sequence());
         }
     }
     bool alive = greet(call, true);
     Company company(call);
 #pragma unroll 1
-    for (u64 index = first_piece(); alive && index - lane() < tensor.count(); index += next_piece()) {
-        Pack<T, 8> sum;
-        bool begins = true;
+    for (u32 index = first_piece(); alive && index - lane() < tensor.count(); index += Held::step()) {
+        Sums<T, AT_ONCE<T>> sums;
 #pragma unroll 1
         for (u32 peer = 0; peer < rank->ranks; ++peer) {
-            Eight<T> part = first;
+            Held part = first;
             if (peer != rank->rank) {
-                uint4 words;
-                alive = company.receive_from(peer, index, index < tensor.count(), words);
+                uint4 come[AT_ONCE<T>];
+                alive = company.receive_from(peer, index, tensor.count(), come);
                 if (!alive) break;
-                part.vector = make_uint2(words.x, words.z);
+                part.take(come);
             } else if (index != first_piece()) {
-                tensor.load(part, index);
+                part.load(tensor, index);
             }
-            if (!company.gives(peer)) continue;
-            sum.add(part.elements, begins);
-            begins = false;
+            if (company.gives(peer)) sums.add(part);
         }
         if (!alive) break;
-        Eight<T> result;
-        sum.round(result.elements);
-        tensor.store(result, index);
+        Held result;
+        sums.round(result);
+        result.store(tensor, index);
     }
     count.end(call);
 }
 
 // Each rank pushes every peer's columns to it, and sums its own.
 template <class T> __device__ __forceinline__ void reduce_scatter_small(const Call &call) {
+    typedef Batch<T, AT_ONCE<T>> Held;
     constexpr u32 size = sizeof(typename T::Bits);
     begin(call);
     const Count count(call);
@@ -214,10 +170,10 @@ template <class T> __device__ __forceinline__ void reduce_scatter_small(const Ca
         const u32 peer = (rank->rank + hop) % rank->ranks;
         const Pieces<T> theirs = columns_of(peer);
 #pragma unroll 1
-        for (u64 index = first_piece(); index < theirs.count(); index += next_piece()) {
-            Eight<T> piece;
-            theirs.load(piece, index);
-            push(call, peer, index, piece);
+        for (u32 index = first_piece(); index < theirs.count(); index += Held::step()) {
+            Held pieces;
+            pieces.load(theirs, index);
+            pieces.push(pushed(call, rank->out[peer]), index, theirs.count(), (u32)call.sequence());
         }
     }
     bool alive = greet(call, true);
@@ -225,27 +181,26 @@ template <class T> __device__ __forceinline__ void reduce_scatter_small(const Ca
     const Pieces<T> own = columns_of(rank->rank);
     const Pieces<T> target(call.output(call.width(rank->rank)));
 #pragma unroll 1
-    for (u64 index = first_piece(); alive && call.gets() && index - lane() < target.count(); index += next_piece()) {
-        Pack<T, 8> sum;
-        bool begins = true;
+    for (u32 index = first_piece(); alive && call.gets() && index - lane() < target.count(); index += Held::step()) {
+        Sums<T, AT_ONCE<T>> sums;
+        Held mine = {};
+        // On its way while the others' is waited for.
+        if (call.gives()) mine.load(own, index);
 #pragma unroll 1
         for (u32 peer = 0; peer < rank->ranks; ++peer) {
-            Eight<T> part;
+            Held part = mine;
             if (peer != rank->rank) {
-                uint4 words;
-                alive = company.receive_from(peer, index, index < target.count(), words);
+                uint4 come[AT_ONCE<T>];
+                alive = company.receive_from(peer, index, target.count(), come);
                 if (!alive) break;
-                part.vector = make_uint2(words.x, words.z);
+                part.take(come);
             }
-            if (!company.gives(peer)) continue;
-            if (peer == rank->rank) own.load(part, index);
-            sum.add(part.elements, begins);
-            begins = false;
+            if (company.gives(peer)) sums.add(part);
         }
         if (!alive) break;
-        Eight<T> result;
-        sum.round(result.elements);
-        target.store(result, index);
+        Held result;
+        sums.round(result);
+        result.store(target, index);
     }
     if (alive) greet(call, false);
     count.end(call);
@@ -253,6 +208,7 @@ template <class T> __device__ __forceinline__ void reduce_scatter_small(const Ca
 
 // Broadcast, gather to a rank, all_gather: who gives pushes its columns, in bytes, to all who may get them.
 __device__ __forceinline__ void move_small(const Call &call) {
+    typedef Batch<Byte, MOVED_AT_ONCE> Held;
     begin(call);
     const Count count(call);
     const Rank *rank = call.rank();
@@ -263,17 +219,18 @@ __device__ __forceinline__ void move_small(const Call &call) {
     };
     const Pieces<Byte> own(View{call.me().input + call.skip[me], call.rows, call.width(me), call.me().input_stride});
     const Pieces<Byte> here = place_of(me);
-    const bool stays = call.gets() && here.view.data != own.view.data;
+    const bool stays = call.gets() && here.data != own.data;
 #pragma unroll 1
-    for (u64 index = first_piece(); call.gives() && index < own.count(); index += next_piece()) {
-        Eight<Byte> piece;
-        own.load(piece, index);
+    for (u32 index = first_piece(); call.gives() && index < own.count(); index += Held::step()) {
+        Held pieces;
+        pieces.load(own, index);
 #pragma unroll 1
         for (u32 hop = 1; hop < rank->ranks; ++hop) {
             const u32 peer = (me + hop) % rank->ranks;
-            if ((call.targets >> peer & 1) != 0) push(call, peer, index, piece);
+            if ((call.targets >> peer & 1) == 0) continue;
+            pieces.push(pushed(call, rank->out[peer]), index, own.count(), (u32)call.sequence());
         }
-        if (stays) here.store(piece, index);
+        if (stays) pieces.store(here, index);
     }
     bool alive = greet(call, true);
     Company company(call);
@@ -282,13 +239,13 @@ __device__ __forceinline__ void move_small(const Call &call) {
         const u32 peer = (me + hop) % rank->ranks;
         const Pieces<Byte> place = place_of(peer);
 #pragma unroll 1
-        for (u64 index = first_piece(); alive && index - lane() < place.count(); index += next_piece()) {
-            uint4 words;
-            alive = company.receive_from(peer, index, index < place.count(), words);
+        for (u32 index = first_piece(); alive && index - lane() < place.count(); index += Held::step()) {
+            uint4 come[MOVED_AT_ONCE];
+            alive = company.receive_from(peer, index, place.count(), come);
             if (!alive || !company.gives(peer)) break;
-            Eight<Byte> piece;
-            piece.vector = make_uint2(words.x, words.z);
-            place.store(piece, index);
+            Held pieces;
+            pieces.take(come);
+            pieces.store(place, index);
         }
     }
     if (alive) greet(call, false);

@@ -46,7 +46,7 @@ LARGE = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # What the communicator takes no keyword for is left out with the reason. Copy engines carry only between two
 # ranks: there the value that never lets them is not slower up to the size from which they are worth it.
 KNOBS = (
-    Knob("pushed_below", (None, 0, 16 * KIB, 64 * KIB, 256 * KIB, 512 * KIB, MIB), threshold=True),
+    Knob("pushed_below", (None, 0, 16 * KIB, 64 * KIB, 256 * KIB, 512 * KIB, MIB, 2 * MIB), threshold=True),
     *(
         Knob("engines_above", (None, 0, MIB, 4 * MIB, NEVER), operation, ("staged",), LARGE, threshold=True)
         for operation in (names.ALL_REDUCE, names.BROADCAST, names.ALL_GATHER)

@@ -83,16 +83,26 @@ const RECORD_BYTES: u64 = 32 << 10;
 /// What devices round an allocation up to.
 const ALLOCATION_STEP: u64 = 2 << 20;
 
-/// The largest sum in bytes that ranks push to each other in one step, by the number of ranks: every rank has room for
-/// two of each peer's, at twice their size.
+/// Bytes of a pushed piece, which is written and read in one access.
+pub const PIECE_BYTES: u64 = 16;
+/// Bytes of a tensor in a pushed piece; beside them lies the operation's number.
+pub const PIECE_DATA_BYTES: u64 = 12;
+
+/// The most bytes of a tensor that ranks push to each other in one step, by the number of ranks.
 #[must_use]
 pub fn pushed_bytes(ranks: usize) -> u64 {
     match ranks {
-        0..=2 => 1 << 20,
-        3..=4 => 512 << 10,
-        5..=8 => 256 << 10,
-        _ => 128 << 10,
+        0..=2 => 2 << 20,
+        3..=4 => 768 << 10,
+        5..=8 => 384 << 10,
+        _ => 192 << 10,
     }
+}
+
+/// Bytes of the pieces that carry the largest pushed tensor. Every rank has room for two of each peer's.
+#[must_use]
+pub fn pushed_area_bytes(ranks: usize) -> u64 {
+    pushed_bytes(ranks).div_ceil(PIECE_DATA_BYTES) * PIECE_BYTES
 }
 
 /// Bytes of scratch memory on its device that a rank has where copy engines carry large operations, and bytes of its
@@ -107,7 +117,7 @@ pub fn communicator_bytes(ranks: u64) -> u64 {
     if ranks < 2 {
         return ALLOCATION_STEP;
     }
-    let pushed = pushed_bytes(usize::try_from(ranks).unwrap_or(usize::MAX));
-    let inboxes = (ranks - 1).saturating_mul(4 * pushed + RECORD_BYTES);
+    let area = pushed_area_bytes(usize::try_from(ranks).unwrap_or(usize::MAX));
+    let inboxes = (ranks - 1).saturating_mul(2 * area + RECORD_BYTES);
     STAGING_BYTES.saturating_add(RECORD_BYTES).saturating_add(inboxes).next_multiple_of(ALLOCATION_STEP)
 }

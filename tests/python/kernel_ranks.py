@@ -109,7 +109,8 @@ class Ranks:
         # Few and small, so that slots are used again: the least chunk has 8 KiB.
         self.slots, self.slot_bytes = random.choice([3, 3, 4]), random.choice([8 << 10, 8 << 10, 16 << 10])
         self.staging_blocks = random.choice([1, 1, 2])
-        self.small = small
+        # The largest tensor that is pushed, and the bytes of the pieces that carry it.
+        self.small, self.area = small, -(-small // 12) * 16
         # Whether copy engines carry what they can, and the bytes of their chunks.
         self.engines, self.chunk = False, random.choice([256, 1024])
         self.jobs: list[Job] = []
@@ -126,7 +127,7 @@ class Ranks:
         return sum(1 << peer for peer in self.everyone() if self.reaches[peer][rank])
 
     def lay_out(self) -> None:
-        count, inbox = self.count, self.kernels.inbox_bytes + 4 * self.small
+        count, inbox = self.count, self.kernels.inbox_bytes + 2 * self.area
         stage = self.staging_blocks * self.slots * self.slot_bytes
         carried = (SLOTS + 2 * LANES) * self.chunk
         total = RECORD_BYTES + count * (inbox + 256) + stage + carried + 512
@@ -150,7 +151,7 @@ class Ranks:
         for rank in self.everyone():
             record = self.record(rank)
             record.rank, record.ranks = rank, count
-            record.slot_bytes, record.slots, record.small_bytes = self.slot_bytes, self.slots, self.small
+            record.slot_bytes, record.slots, record.area_bytes = self.slot_bytes, self.slots, self.area
             record.status = self.host.address + self.status_at + rank * ctypes.sizeof(Status)
             record.stop = self.host.address + self.stop_at
             record.reaches = sum(1 << peer for peer in self.everyone() if self.reaches[rank][peer])
@@ -292,10 +293,11 @@ class Ranks:
             if tensor is not None:
                 raw(tensor.expected).copy_(total)
 
-    def pushes(self, tensor: Tensor, columns: int, small: bool | None) -> bool:
+    def pushes(self, tensor: Tensor, columns: int, small: bool | None, *, sums: bool = False) -> bool:
         """Whether so many columns of it are pushed: at random where that is not said and they may be."""
-        rows = tensor.expected.shape[0]
-        fit = rows * columns * tensor.expected.element_size() <= self.small
+        rows, size = tensor.expected.shape[0], tensor.expected.element_size()
+        # A piece of 12 bytes has one element of 8.
+        fit = rows * columns * (12 if sums and size == 8 else size) <= self.small
         return fit and (random.random() < 0.5 if small is None else small)
 
     def reduce_scatter(
@@ -310,7 +312,7 @@ class Ranks:
         """Each rank gets its columns of the sum."""
         present = [source for source in sources if source is not None]
         columns = present[0].expected.shape[1]
-        kind = "small_" if self.pushes(present[0], columns, small) else ""
+        kind = "small_" if self.pushes(present[0], columns, small, sums=True) else ""
         name = f"reduce_scatter_{kind}{NAMES[present[0].expected.dtype]}"
         self.call(name, sources, targets, intervals, columns=columns, **options)
         total = raw(summed([source.expected for source in present]))

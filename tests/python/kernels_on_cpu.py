@@ -39,7 +39,7 @@ class Record(ctypes.Structure):
         ("ranks", c_uint32),
         ("slot_bytes", c_uint32),
         ("slots", c_uint32),
-        ("small_bytes", c_uint64),
+        ("area_bytes", c_uint64),
         ("out", c_uint64 * MOST_RANKS),
         ("inboxes", c_uint64 * MOST_RANKS),
         ("stage", c_uint64 * MOST_RANKS),

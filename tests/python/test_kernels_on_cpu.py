@@ -65,9 +65,9 @@ def plain(ranks: Ranks) -> list[bool]:
 
 def small_shape(ranks: Ranks, dtype: torch.dtype) -> tuple[int, int]:
     """A shape that fits into the areas of small sums."""
-    most = ranks.small // dtype.itemsize
+    most = ranks.small // (12 if dtype.itemsize == 8 else dtype.itemsize)
     rows = random.choice([1, 1, 2, 7])
-    return rows, random.randint(1, random.choice([9, 200, most // rows // 8]))
+    return rows, random.randint(1, random.choice([9, 200, most // rows]))
 
 
 def large_shape(ranks: Ranks, dtype: torch.dtype) -> tuple[int, int]:
@@ -223,6 +223,72 @@ def test_operations_of_all_kinds_follow_each_other(kernels: Kernels, reach: str)
                     case _:
                         ranks.barrier(groups=groups)
             ranks.check()
+
+
+@pytest.mark.parametrize("reach", ["all", "random"])
+@pytest.mark.parametrize("dtype", MOVED, ids=str)
+def test_pushed_tensors_may_end_anywhere(kernels: Kernels, dtype: torch.dtype, reach: str) -> None:
+    size = dtype.itemsize
+    for _ in range(3):
+        ranks = Ranks(kernels, reach_of(reach, random.choice([2, 2, 3])))
+        groups = groups_of(ranks.reaches)
+        for rows in (1, random.randint(2, 4)):
+            # Around the end of a piece of 12 bytes, and rows of less than one.
+            ends = 12 * random.choice([1, 2, 33, 97]) // size
+            columns = max(1, random.choice([ends + random.randint(-3, 3), random.randint(1, 13)]))
+            tensors: list[Tensor | None] = [
+                ranks.tensor(rank, (rows, columns), dtype) for rank in ranks.everyone()
+            ]
+            source = tensors[0]
+            assert source is not None
+            ranks.broadcast(0, source, tensors, small=True, groups=groups)
+            intervals = intervals_of(columns, ranks.count, overlap=False)
+            parts: list[Tensor | None] = [
+                ranks.tensor(rank, (rows, end - start), dtype) if end > start else None
+                for rank, (start, end) in enumerate(intervals)
+            ]
+            ranks.gather(parts, tensors, intervals, small=True, groups=groups)
+            if dtype in FLOATS:
+                ranks.reduce_scatter(tensors, parts, intervals, small=True, groups=groups)
+                ranks.all_reduce(tensors, [True] * ranks.count, small=True, groups=groups)
+        ranks.check()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=NAMES.get)
+def test_the_largest_pushed_tensor_fills_its_area(kernels: Kernels, dtype: torch.dtype) -> None:
+    ranks = Ranks(kernels, reach_of("all", 2), small=600)
+    shape = 1, 600 // (12 if dtype.itemsize == 8 else dtype.itemsize)
+    tensors: list[Tensor | None] = [ranks.tensor(rank, shape, dtype) for rank in ranks.everyone()]
+    ranks.all_reduce(tensors, [True, True], small=True)
+    targets: list[Tensor | None] = [ranks.tensor(rank, shape, dtype) for rank in ranks.everyone()]
+    ranks.reduce_scatter(tensors, targets, [(0, shape[1])] * 2, small=True)
+    ranks.check()
+    for rank in ranks.everyone():
+        areas = ranks.record(rank).inboxes[1 - rank] + kernels.inbox_bytes
+        words = list((ctypes.c_uint32 * 416).from_address(areas))
+        # The second operation comes first. The last word of a piece is the operation's number.
+        assert words[3:400:4] == [2] * 50 + [1] * 50
+        assert words[400:] == [0] * 16
+
+
+@pytest.mark.parametrize("reach", REACH)
+def test_data_that_looks_like_a_sequence_number_is_data(kernels: Kernels, reach: str) -> None:
+    for done in (0, random.randrange(1 << 31), (1 << 32) + random.randrange(1 << 20)):
+        ranks = Ranks(kernels, reach_of(reach, random.choice([2, 3])))
+        for rank in ranks.everyone():
+            ranks.record(rank).sequence = done
+        for number in range(done + 1, done + 9):
+            # An area holds these words when the operation after next begins.
+            root, word = random.randrange(ranks.count), random.choice([number, number + 2]) & 0x7FFFFFFF
+            dtype = random.choice([torch.int32, torch.float32])
+            tensors = [ranks.tensor(rank, (1, 150), dtype) for rank in ranks.everyone()]
+            for memory in (tensors[root].actual, tensors[root].expected):
+                raw(memory).fill_(word)
+            if dtype == torch.int32:
+                ranks.broadcast(root, tensors[root], tensors, small=True)
+            else:
+                ranks.all_reduce(tensors, [True] * ranks.count, small=True)
+        ranks.check()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=NAMES.get)

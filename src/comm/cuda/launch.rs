@@ -13,17 +13,21 @@ use crate::comm::operation::{Layout, Operation, Pair};
 use crate::comm::view::Tensor;
 use crate::device::cuda::{capturing, pointer};
 use crate::error::{Error, Result};
+use crate::split::activations::PIECE_DATA_BYTES;
 
-/// Up to so many bytes are pushed to all ranks in one step; above, every rank sums a share or takes what it gets. Two ranks of
-/// one H100: see docs/communicator.md for the measurements that these were chosen by.
-pub(super) const PUSHED_BELOW: usize = 1 << 20;
-/// The same where some ranks do not reach others: pushed data takes twice the bytes on the way through host memory.
+/// Up to so many bytes are pushed to all ranks in one step; above, every rank sums a share or takes what it gets. Two H100
+/// with `NVLink` were faster so up to 1 MiB while each 4 bytes had a number beside them; 12 have now.
+pub(super) const PUSHED_BELOW: usize = 2 << 20;
+/// The same where some ranks do not reach others: pushed data takes a third more bytes on the way through host memory.
 pub(super) const STAGED_ABOVE: usize = 128 << 10;
 /// From so many bytes on, the copy engines carry what two ranks out of each other's reach send. Never, until it has been
 /// measured on two cards: `benches/gpus/tune.py` tries it.
 pub(super) const ENGINES_ABOVE: usize = usize::MAX;
-/// Bytes of a pushed sum that are worth a block: 8 a thread.
-const SMALL_BYTES_A_BLOCK: usize = 8 * THREADS as usize;
+/// Bytes of a tensor in a pushed piece.
+#[allow(clippy::cast_possible_truncation)] // A few.
+const PIECE: usize = PIECE_DATA_BYTES as usize;
+/// Bytes of pushed data that are worth a block: a piece for each thread.
+const PUSHED_BYTES_A_BLOCK: usize = PIECE * THREADS as usize;
 /// Bytes of other operations that are worth a block.
 const BYTES_A_BLOCK: usize = 32 * THREADS as usize;
 /// The same where some ranks do not reach others: the least chunk that is staged. A second one in the same block would wait
@@ -139,7 +143,9 @@ impl Cuda {
         }
         call.signature = signature(operation, first.dtype, call.rows, call.columns, &call);
         let bytes = rows.saturating_mul(columns).saturating_mul(size);
-        let small = bytes <= self.pushed_below;
+        // A piece has one element of 8 bytes where elements are added up.
+        let pushed = if operation.sums() && size == 8 { bytes.saturating_mul(PIECE) / 8 } else { bytes };
+        let small = pushed <= self.pushed_below;
         let engines = self.engines.as_ref().is_some_and(|engines| engines.carry(operation, bytes));
         let kernel = match operation {
             _ if engines => Kernel::Engines(operation.sums().then_some(first.dtype)),
@@ -150,11 +156,11 @@ impl Cuda {
             _ if small => Kernel::TakeSmall,
             _ => Kernel::Take,
         };
-        let worth = bytes.div_ceil(match kernel.pushes() {
-            true => SMALL_BYTES_A_BLOCK,
-            false if self.rooms.connected => BYTES_A_BLOCK,
-            false => STAGED_BYTES_A_BLOCK,
-        });
+        let worth = match kernel.pushes() {
+            true => pushed.div_ceil(PUSHED_BYTES_A_BLOCK),
+            false if self.rooms.connected => bytes.div_ceil(BYTES_A_BLOCK),
+            false => bytes.div_ceil(STAGED_BYTES_A_BLOCK),
+        };
         let blocks = u32::try_from(worth).unwrap_or(u32::MAX).clamp(1, self.blocks);
         let mut members = [Member::default(); MOST_RANKS];
         for ((rank, member), pair) in members.iter_mut().enumerate().zip(pairs) {

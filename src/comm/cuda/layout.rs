@@ -27,7 +27,7 @@ pub(super) struct Status {
     pub(super) signature: u32,
 }
 
-/// Bytes of an inbox without the areas for small sums behind it.
+/// Bytes of an inbox without the areas for pushed pieces behind it.
 pub(super) const INBOX_BYTES: usize = 24960;
 /// Where an inbox has the word by which its writer says that it stopped.
 pub(super) const STOP_AT: usize = 256;
@@ -40,7 +40,7 @@ pub(super) struct Rank {
     pub(super) ranks: u32,
     pub(super) slot_bytes: u32,
     pub(super) slots: u32,
-    pub(super) small_bytes: u64,
+    pub(super) area_bytes: u64,
     pub(super) out: [u64; MOST_RANKS],
     pub(super) inboxes: [u64; MOST_RANKS],
     pub(super) stage: [u64; MOST_RANKS],

@@ -5,7 +5,7 @@ use super::layout::{INBOX_BYTES, LETTER_BYTES, MOST_RANKS, Rank, STOP_AT, Status
 use crate::comm::options::Peers;
 use crate::device::cuda::{Connections, DeviceMemory, PinnedMemory, Prover, connect, read, write};
 use crate::error::Result;
-use crate::split::activations::{STAGING_BYTES, pushed_bytes};
+use crate::split::activations::{STAGING_BYTES, pushed_area_bytes, pushed_bytes};
 
 /// Blocks that stage, at most. While one waits for a fence or for a load from host memory, which take microseconds, none of
 /// its data moves: so there are many with small chunks. Sixteen with chunks of 64 KiB were a tenth slower.
@@ -26,6 +26,11 @@ const LETTERS_AT: usize = 768;
 /// The largest tensor that is pushed instead of pulled.
 pub(super) fn small_bytes(ranks: usize) -> usize {
     usize::try_from(pushed_bytes(ranks)).unwrap_or(usize::MAX)
+}
+
+/// Bytes of the pieces that carry it.
+fn area_bytes(ranks: usize) -> usize {
+    usize::try_from(pushed_area_bytes(ranks)).unwrap_or(usize::MAX)
 }
 
 /// The memory of a communicator. Host memory is freed after the devices' because kernels may still look at it.
@@ -110,7 +115,7 @@ impl Rooms {
             Peers::Staged => None,
         };
         let one_way = peers == Peers::OneWay;
-        let plan = Plan { seats, connections, one_way, ranks, small: small_bytes(ranks), blocks };
+        let plan = Plan { seats, connections, one_way, ranks, area: area_bytes(ranks), blocks };
         plan.build()
     }
 
@@ -191,7 +196,7 @@ struct Plan<'a> {
     /// Whether ranks reach only those after them.
     one_way: bool,
     ranks: usize,
-    small: usize,
+    area: usize,
     blocks: usize,
 }
 
@@ -235,7 +240,7 @@ impl Plan<'_> {
     /// Says where everything will be.
     fn lay_out(&self) -> Map {
         let ranks = self.ranks;
-        let inbox = INBOX_BYTES + 4 * self.small;
+        let inbox = INBOX_BYTES + 2 * self.area;
         let stage = if ranks > 1 { self.staging_blocks() * SLOTS * self.slot_bytes() } else { 0 };
         let mut host = Places { bytes: 0 };
         let mut map = Map {
@@ -276,7 +281,7 @@ impl Plan<'_> {
             ranks: u32::try_from(self.ranks).unwrap_or(0),
             slot_bytes: u32::try_from(self.slot_bytes()).unwrap_or(0),
             slots: u32::try_from(SLOTS).unwrap_or(0),
-            small_bytes: self.small as u64,
+            area_bytes: self.area as u64,
             out: [0; MOST_RANKS],
             inboxes: [0; MOST_RANKS],
             stage: [0; MOST_RANKS],

@@ -1,4 +1,4 @@
-//! Operations on little data: every rank pushes what its peers need, 4 bytes beside each sequence number.
+//! Operations on little data: every rank pushes what its peers need in pieces, as cuda/pieces.cuh has them.
 
 use super::numbers::Sum;
 use super::protocol::{Seat, entry};
@@ -50,18 +50,21 @@ fn got(seat: &Seat<'_>, first: u64, columns: u64, size: u64) -> Part {
 }
 
 fn area(seat: &Seat<'_>, whole: u64) -> u64 {
-    INBOX_BYTES as u64 + (whole & 1) * seat.rank.small_bytes * 2
+    INBOX_BYTES as u64 + (whole & 1) * seat.rank.area_bytes
 }
 
-fn push(seat: &Seat<'_>, whole: u64, peer: usize, line: &[u8]) -> Result {
+/// Bytes of a tensor in a piece: whole elements.
+fn piece_bytes(size: usize) -> usize {
+    if size == 8 { 8 } else { 12 }
+}
+
+fn push(seat: &Seat<'_>, whole: u64, peer: usize, line: &[u8], size: usize) -> Result {
     stall();
-    for (index, bytes) in (0..).zip(line.chunks(8)) {
+    for (index, bytes) in (0..).zip(line.chunks(piece_bytes(size))) {
         // What lies behind the end is zero.
-        let mut words = [0; 8];
-        words.iter_mut().zip(bytes).for_each(|(word, byte)| *word = *byte);
-        let value = u64::from_le_bytes(words);
-        let at = seat.out(peer) + area(seat, whole) + 16 * index;
-        seat.send(at, whole as u32, (value as u32, (value >> 32) as u32))?;
+        let mut data = [0; 12];
+        data.iter_mut().zip(bytes).for_each(|(place, byte)| *place = *byte);
+        send_piece(seat, seat.out(peer) + area(seat, whole) + 16 * index, whole as u32, data)?;
     }
     Ok(())
 }
@@ -71,14 +74,35 @@ fn greet(seat: &Seat<'_>, whole: u64, peer: usize) -> Result<Option<bool>> {
     Ok(seat.read_letter(whole as u32, peer, false)?.map(|[what, ..]| what.1 & GIVES != 0))
 }
 
+/// 12 bytes that a peer pushes, beside the sequence number. A GPU reads them in one access; here the number is written last
+/// and read first.
+fn receive_piece(seat: &Seat<'_>, at: u64, sequence: u32, peer: usize) -> Result<Option<[u8; 12]>> {
+    seat.wait(peer, || {
+        let high = seat.eye.load64(at + 8)?;
+        if (high >> 32) as u32 != sequence {
+            return Ok(None);
+        }
+        let low = seat.eye.load64(at)?.to_le_bytes();
+        let mut bytes = low.into_iter().chain((high as u32).to_le_bytes());
+        Ok(Some(std::array::from_fn(|_| bytes.next().unwrap_or(0))))
+    })
+}
+
+fn send_piece(seat: &Seat<'_>, at: u64, sequence: u32, data: [u8; 12]) -> Result {
+    let [low @ .., a, b, c, d] = data;
+    seat.eye.store64(at, u64::from_le_bytes(low))?;
+    let high = u64::from(u32::from_le_bytes([a, b, c, d]));
+    seat.eye.store64(at + 8, high | u64::from(sequence) << 32)
+}
+
 /// What a peer pushed. `None`: leave at once.
-fn receive(seat: &Seat<'_>, whole: u64, peer: usize, bytes: usize) -> Result<Option<Vec<u8>>> {
-    let mut line = Vec::with_capacity(bytes + 8);
-    for index in 0..bytes.div_ceil(8) as u64 {
+fn receive(seat: &Seat<'_>, whole: u64, peer: usize, bytes: usize, size: usize) -> Result<Option<Vec<u8>>> {
+    let each = piece_bytes(size);
+    let mut line = Vec::with_capacity(bytes + each);
+    for index in 0..bytes.div_ceil(each) as u64 {
         let at = seat.inbox(peer) + area(seat, whole) + 16 * index;
-        let Some((low, high)) = seat.receive(at, whole as u32, peer)? else { return Ok(None) };
-        line.extend_from_slice(&low.to_le_bytes());
-        line.extend_from_slice(&high.to_le_bytes());
+        let Some(data) = receive_piece(seat, at, whole as u32, peer)? else { return Ok(None) };
+        line.extend(data.iter().take(each));
     }
     line.truncate(bytes);
     Ok(Some(line))
@@ -101,7 +125,7 @@ fn add_up(seat: &Seat<'_>, dtype: DType, whole: u64, own: &[u8], bytes: usize) -
             None => return Ok(None),
             Some(false) => {}
             Some(true) => {
-                let Some(part) = receive(seat, whole, peer, bytes)? else { return Ok(None) };
+                let Some(part) = receive(seat, whole, peer, bytes, dtype.size())? else { return Ok(None) };
                 sum.add(&part);
             }
         }
@@ -114,7 +138,7 @@ pub(super) fn all_reduce(seat: &mut Seat<'_>, dtype: DType) -> Result {
     let tensor = got(seat, 0, seat.call.columns, dtype.size() as u64);
     let mut own = tensor.read(seat)?;
     for peer in seat.others() {
-        push(seat, whole, peer, &own)?;
+        push(seat, whole, peer, &own, dtype.size())?;
     }
     if let Some(sum) = add_up(seat, dtype, whole, &own, own.len())? {
         sum.round(&mut own);
@@ -129,7 +153,7 @@ pub(super) fn reduce_scatter(seat: &mut Seat<'_>, dtype: DType) -> Result {
     let columns = |peer: usize| given(seat, u64::from(entry(&seat.call.begin, peer)), seat.width(peer), size);
     if seat.gives() {
         for peer in seat.others() {
-            push(seat, whole, peer, &columns(peer).read(seat)?)?;
+            push(seat, whole, peer, &columns(peer).read(seat)?, dtype.size())?;
         }
     }
     let target = got(seat, 0, seat.width(seat.index()), size);
@@ -154,7 +178,7 @@ pub(super) fn take(seat: &mut Seat<'_>) -> Result {
         let own = given(seat, u64::from(entry(&seat.call.skip, me)), seat.width(me), 1);
         let line = own.read(seat)?;
         for peer in seat.others().filter(|peer| seat.call.targets >> peer & 1 == 1) {
-            push(seat, whole, peer, &line)?;
+            push(seat, whole, peer, &line, 1)?;
         }
         if seat.gets() && place(me).data != own.data {
             place(me).write(seat, &line)?;
@@ -166,7 +190,7 @@ pub(super) fn take(seat: &mut Seat<'_>) -> Result {
             if !gives || !seat.gets() {
                 continue;
             }
-            let Some(line) = receive(seat, whole, peer, place(peer).bytes())? else { break };
+            let Some(line) = receive(seat, whole, peer, place(peer).bytes(), 1)? else { break };
             place(peer).write(seat, &line)?;
         }
     }
