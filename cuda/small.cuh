@@ -6,7 +6,8 @@
 #include "pieces.cuh"
 #include "reduce.cuh"
 
-// Pieces that a thread has under way in a sum. Sums of bytes widen to so much that there is room for no more.
+// Pieces that a thread has under way where there are several for it. A thread with one takes a way of its own: what it needs
+// not do for others would be half a microsecond of the four that the smallest operations take. Sums of bytes widen to so much that there is room for no more.
 template <class T> constexpr u32 AT_ONCE = sizeof(typename T::Bits) > 1 ? 3 : 1;
 constexpr u32 MOVED_AT_ONCE = 3;
 
@@ -107,9 +108,17 @@ template <class T, u32 HELD> struct Sums {
     }
 };
 
-template <class T> __device__ __forceinline__ void all_reduce_small(const Call &call) {
-    typedef Batch<T, AT_ONCE<T>> Held;
-    const Pieces<T> tensor(call.output(call.columns));
+// The most pieces that go from one rank to another, where columns are divided.
+template <class T> __device__ __forceinline__ u32 most_pieces(const Call &call) {
+    u32 widest = 0;
+#pragma unroll 1
+    for (u32 peer = 0; peer < call.rank()->ranks; ++peer) widest = max(widest, call.width(peer));
+    return Pieces<T>(View{0, call.rows, widest, widest}).count();
+}
+
+template <class T, u32 HELD>
+__device__ __forceinline__ void all_reduce_pushed(const Call &call, const Pieces<T> &tensor) {
+    typedef Batch<T, HELD> Held;
     // On their way while the record is.
     Held first = {};
     first.load(tensor, first_piece());
@@ -132,12 +141,12 @@ template <class T> __device__ __forceinline__ void all_reduce_small(const Call &
     Company company(call);
 #pragma unroll 1
     for (u32 index = first_piece(); alive && index - lane() < tensor.count(); index += Held::step()) {
-        Sums<T, AT_ONCE<T>> sums;
+        Sums<T, HELD> sums;
 #pragma unroll 1
         for (u32 peer = 0; peer < rank->ranks; ++peer) {
             Held part = first;
             if (peer != rank->rank) {
-                uint4 come[AT_ONCE<T>];
+                uint4 come[HELD];
                 alive = company.receive_from(peer, index, tensor.count(), come);
                 if (!alive) break;
                 part.take(come);
@@ -154,11 +163,16 @@ template <class T> __device__ __forceinline__ void all_reduce_small(const Call &
     count.end(call);
 }
 
+template <class T> __device__ __forceinline__ void all_reduce_small(const Call &call) {
+    const Pieces<T> tensor(call.output(call.columns));
+    if (AT_ONCE<T> == 1 || tensor.count() <= next_piece()) return all_reduce_pushed<T, 1>(call, tensor);
+    all_reduce_pushed<T, AT_ONCE<T>>(call, tensor);
+}
+
 // Each rank pushes every peer's columns to it, and sums its own.
-template <class T> __device__ __forceinline__ void reduce_scatter_small(const Call &call) {
-    typedef Batch<T, AT_ONCE<T>> Held;
+template <class T, u32 HELD> __device__ __forceinline__ void reduce_scatter_pushed(const Call &call) {
+    typedef Batch<T, HELD> Held;
     constexpr u32 size = sizeof(typename T::Bits);
-    begin(call);
     const Count count(call);
     const Rank *rank = call.rank();
     announce<false>(call);
@@ -182,7 +196,7 @@ template <class T> __device__ __forceinline__ void reduce_scatter_small(const Ca
     const Pieces<T> target(call.output(call.width(rank->rank)));
 #pragma unroll 1
     for (u32 index = first_piece(); alive && call.gets() && index - lane() < target.count(); index += Held::step()) {
-        Sums<T, AT_ONCE<T>> sums;
+        Sums<T, HELD> sums;
         Held mine = {};
         // On its way while the others' is waited for.
         if (call.gives()) mine.load(own, index);
@@ -190,7 +204,7 @@ template <class T> __device__ __forceinline__ void reduce_scatter_small(const Ca
         for (u32 peer = 0; peer < rank->ranks; ++peer) {
             Held part = mine;
             if (peer != rank->rank) {
-                uint4 come[AT_ONCE<T>];
+                uint4 come[HELD];
                 alive = company.receive_from(peer, index, target.count(), come);
                 if (!alive) break;
                 part.take(come);
@@ -206,10 +220,15 @@ template <class T> __device__ __forceinline__ void reduce_scatter_small(const Ca
     count.end(call);
 }
 
-// Broadcast, gather to a rank, all_gather: who gives pushes its columns, in bytes, to all who may get them.
-__device__ __forceinline__ void move_small(const Call &call) {
-    typedef Batch<Byte, MOVED_AT_ONCE> Held;
+template <class T> __device__ __forceinline__ void reduce_scatter_small(const Call &call) {
     begin(call);
+    if (AT_ONCE<T> == 1 || most_pieces<T>(call) <= next_piece()) return reduce_scatter_pushed<T, 1>(call);
+    reduce_scatter_pushed<T, AT_ONCE<T>>(call);
+}
+
+// Broadcast, gather to a rank, all_gather: who gives pushes its columns, in bytes, to all who may get them.
+template <u32 HELD> __device__ __forceinline__ void move_pushed(const Call &call) {
+    typedef Batch<Byte, HELD> Held;
     const Count count(call);
     const Rank *rank = call.rank();
     const u32 me = rank->rank;
@@ -240,7 +259,7 @@ __device__ __forceinline__ void move_small(const Call &call) {
         const Pieces<Byte> place = place_of(peer);
 #pragma unroll 1
         for (u32 index = first_piece(); alive && index - lane() < place.count(); index += Held::step()) {
-            uint4 come[MOVED_AT_ONCE];
+            uint4 come[HELD];
             alive = company.receive_from(peer, index, place.count(), come);
             if (!alive || !company.gives(peer)) break;
             Held pieces;
@@ -250,4 +269,10 @@ __device__ __forceinline__ void move_small(const Call &call) {
     }
     if (alive) greet(call, false);
     count.end(call);
+}
+
+__device__ __forceinline__ void move_small(const Call &call) {
+    begin(call);
+    if (most_pieces<Byte>(call) <= next_piece()) return move_pushed<1>(call);
+    move_pushed<MOVED_AT_ONCE>(call);
 }
