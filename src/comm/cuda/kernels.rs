@@ -153,8 +153,7 @@ impl Machine {
 /// blocks as there are multiprocessors. All blocks of all ranks have to be there at once.
 pub(super) fn blocks_beside(multiprocessors: u32, sharing: usize) -> u32 {
     let waiting = u32::try_from(sharing).unwrap_or(u32::MAX).saturating_sub(1);
-    let most = if waiting == 0 { multiprocessors } else { multiprocessors / WAITING_SHARE / waiting };
-    most.max(1)
+    (multiprocessors / WAITING_SHARE).checked_div(waiting).unwrap_or(multiprocessors).max(1)
 }
 
 /// Fails if the kernels were made from other sources than this crate: they would read its structures wrongly.
