@@ -148,9 +148,8 @@ impl Machine {
 }
 
 /// The most blocks of a kernel where `sharing` ranks have the device. Those of ranks that wait stay on their
-/// multiprocessors, while other ranks compute what they wait for: that needs room. Blocks are spread over pairs of
-/// multiprocessors first, and a matrix product whose blocks work in pairs could find no pair free with half as many
-/// blocks as there are multiprocessors. All blocks of all ranks have to be there at once.
+/// multiprocessors while other ranks compute what they wait for. A matrix product of Hopper has clusters of blocks that
+/// start together within one group of multiprocessors: with 88 of 132 taken, clusters of 8 never began on an H100.
 pub(super) fn blocks_beside(multiprocessors: u32, sharing: usize) -> u32 {
     let waiting = u32::try_from(sharing).unwrap_or(u32::MAX).saturating_sub(1);
     (multiprocessors / WAITING_SHARE).checked_div(waiting).unwrap_or(multiprocessors).max(1)
