@@ -214,6 +214,8 @@ def test_what_cannot_be_captured_runs_all_the_same(monkeypatch, caplog):
             assert torch.equal(front.generate(ids, **options), expected)
         assert isinstance(front.tp_rs_runner.capture, Capture)
         assert any("captured" in record.message for record in caplog.records)
+        # torch leaves its generators in a capture that fails.
+        assert torch.rand(64, device=DEVICE).unique().numel() > 1
     finally:
         front.unload()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from tp_rs.integrations.transformers.execution import Ranks
 
 __all__ = ["CudaRecorder", "PlainRecorder", "Recorder", "Replay"]
+
+_log = logging.getLogger("tp_rs.transformers")
 
 Work = Callable[[int], None]
 """What a rank does, given its number: on memory that stays, allocating nothing that outlives it."""
@@ -171,6 +174,7 @@ class CudaRecorder:
             except BaseException:
                 # A pool that a capture failed in takes no others.
                 self._pools = [torch.cuda.graph_pool_handle() for _ in self._streams]
+                self._let_go(generator)
                 raise
             finally:
                 if collects:
@@ -194,6 +198,28 @@ class CudaRecorder:
         # One rank after the other. Collectives only add a kernel to the graph, so nobody waits for anybody.
         self._ranks.run(lambda link: capture() if link.rank == rank else None)
         return graph
+
+    def _let_go(self, generator: torch.Generator | None) -> None:
+        """Let random numbers be drawn again: torch's generators stay in a capture that failed.
+
+        `CUDAGraph.capture_end` raises before it tells them, and whoever draws next is told of an "Offset
+        increment outside graph capture" (torch 2.11). A capture that succeeds does tell them.
+        """
+        for stream in {stream.device: stream for stream in self._streams}.values():
+            try:
+                with torch.cuda.stream(stream):
+                    word = torch.zeros(1, device=stream.device)
+                    graph = torch.cuda.CUDAGraph()
+                    if generator is not None and generator.device == stream.device:
+                        graph.register_generator_state(generator)
+                    graph.capture_begin(capture_error_mode="thread_local")
+                    try:
+                        word.zero_()
+                    finally:
+                        graph.capture_end()
+            except RuntimeError as error:
+                # Of a device that works no more; what is raised already says so.
+                _log.debug("%s: random numbers may stay in a failed capture: %s", stream.device, error)
 
     def link(self, rank: int) -> Link:
         """A rank's end of the communicator."""
