@@ -6,8 +6,9 @@
 #include "pieces.cuh"
 #include "reduce.cuh"
 
-// Pieces that a thread has under way where there are several for it. A thread with one takes a way of its own: what it needs
-// not do for others would be half a microsecond of the four that the smallest operations take. Sums of bytes widen to so much that there is room for no more.
+// Pieces that a thread has under way where there are several for it. Where one is enough for each thread, code for one
+// is run: the longer one takes half a microsecond more, of the four that the smallest operations take. Sums of bytes
+// widen to so much that there is room for no more.
 template <class T> constexpr u32 AT_ONCE = sizeof(typename T::Bits) > 1 ? 3 : 1;
 constexpr u32 MOVED_AT_ONCE = 3;
 
