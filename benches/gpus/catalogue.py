@@ -41,6 +41,7 @@ SCATTER = "torch.cuda.comm.scatter (a part each)"
 TORCH_ADD = "one torch operation on each GPU"
 COPIES = "torch copies"
 LIMIT = "plain copies to pinned memory"
+BOTH_WAYS = "plain copies to pinned memory and back at once (no sum)"
 NCCL = "NCCL"
 
 
@@ -85,6 +86,7 @@ CANDIDATES: tuple[Candidate, ...] = (
     Candidate(ALL_REDUCE, GRAPH, PEERS, ONE_SHOT, RANKS, apart=True),
     Candidate(ALL_REDUCE, GRAPH, PEERS, TWO_SHOT, RANKS, apart=True),
     Candidate(ALL_REDUCE, GRAPH, PEERS, OURS_TOGETHER, together=True),
+    Candidate(ALL_REDUCE, EAGER, STAGED, BOTH_WAYS),
     Candidate(CALL, HOST, PEERS, OURS),
     Candidate(CALL, HOST, PEERS, OURS_APART),
     Candidate(CALL, HOST, PEERS, TORCH_ADD),

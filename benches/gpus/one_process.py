@@ -14,6 +14,7 @@ import tp_rs
 from . import catalogue as names
 from . import timing
 from .data import require, sources, split_of, total, width_of
+from .exchange import Exchange
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,7 @@ class Work:
             self.outputs = [self._empty(self.whole, "cpu").pin_memory()]
         # Torch's calls that make their results give them here.
         self.returned: Any = None
+        self.exchange: Exchange | None = None
 
     @staticmethod
     def _empty(shape: tuple[int, int], device: str) -> torch.Tensor:
@@ -90,6 +92,9 @@ class Work:
 
     def theirs(self, name: str) -> Callable[[], object]:
         """What torch offers under a name."""
+        if name == names.BOTH_WAYS:
+            self.exchange = Exchange(self.inputs)
+            return self.exchange
         return {**self._nccl(), **self._comm(), **self._copies()}[self.operation, name]
 
     def _keep(self, call: Callable[[], object]) -> Callable[[], None]:
@@ -167,7 +172,9 @@ class Work:
         call()
         timing.synchronize(self.devices)
         what = f"{name}: {self.operation}, {self.rows} rows"
-        if self.operation == names.ALL_REDUCE:
+        if name == names.BOTH_WAYS and self.exchange is not None:
+            self.exchange.check(what, self.made)
+        elif self.operation == names.ALL_REDUCE:
             wanted = total(self.made)
             for tensor in self.inputs if self.returned is None else self.returned:
                 require(what, tensor, wanted)

@@ -19,6 +19,8 @@ from gpus.one_process import Work  # noqa: E402
 
 import tp_rs  # noqa: E402
 
+COPIES = {names.COPIES, names.LIMIT, names.BOTH_WAYS}
+
 
 def result(name: str, rows: int, rounds: list[float], operation: str = names.ALL_REDUCE) -> report.Result:
     mode = names.GRAPH if operation == names.ALL_REDUCE else names.EAGER
@@ -85,7 +87,7 @@ def test_results_are_right_on_the_host_and_wrong_ones_are_noticed(
     comm: Any = tp_rs.Communicator(["cpu"] * 3)
     work.check(names.OURS, work.ours(comm))
     for candidate in names.CANDIDATES:
-        if candidate.operation == operation and candidate.name in {names.COPIES, names.LIMIT}:
+        if candidate.operation == operation and candidate.name in COPIES:
             work.check(candidate.name, work.theirs(candidate.name))
     if operation in {names.ALL_REDUCE, names.BROADCAST, names.ALL_GATHER, names.REDUCE_SCATTER}:
 
