@@ -79,9 +79,11 @@ class Buffers(Splits):
     def _slices(
         self, call: str, rows: int, dtype: torch.dtype, widths: list[tuple[int, int]]
     ) -> list[torch.Tensor]:
+        # Before the look at the context: another thread may unload it meanwhile.
+        scratch = self._scratch
         self._live(call)
         whole("rows", rows)
-        taken = [(self._scratch[rank].take(rows * width * dtype.itemsize), width) for rank, width in widths]
+        taken = [(scratch[rank].take(rows * width * dtype.itemsize), width) for rank, width in widths]
         return [memory.view(dtype).view(rows, width) for memory, width in taken]
 
     def _pinned(self, call: str, buffer: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -98,6 +100,8 @@ class Buffers(Splits):
         return memory[:size].view(dtype).view(shape)
 
     def _buffers(self) -> list[torch.Tensor]:
-        if self.pinned_temp is None:
-            raise TPError("pinned_temp: the context is not finalized; call finalize() first")
-        return self.pinned_temp
+        # Another thread may unload meanwhile.
+        buffers = self.pinned_temp
+        if buffers is None:
+            raise TPError("pinned_temp: the context is not finalized, or was unloaded; call finalize() first")
+        return buffers

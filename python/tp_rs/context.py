@@ -209,11 +209,12 @@ class TPContext(Buffers):
 
         What devices use for more than a tenth of a second yet is given back when they are done.
         """
-        communicator, self._communicator = self._communicator, None
-        self.ext_tp_context = None
+        communicator = self._communicator
+        # First: a call in another thread that finds no communicator says why.
+        self._unloaded |= communicator is not None
+        self._communicator = self.ext_tp_context = None
         if communicator is not None:
             communicator.abort("the context was unloaded")
-            self._unloaded = True
         self.pinned_temp = self.streams = self.sin = self.cos = None
         self._scratch = []
 
@@ -390,9 +391,11 @@ class TPContext(Buffers):
         return self.plan.buffer_bytes
 
     def _live(self, call: str, buffer: int = 0) -> _native.Communicator:
-        if self._communicator is None:
+        # Another thread may unload meanwhile.
+        communicator = self._communicator
+        if communicator is None:
             state = "was unloaded; call finalize() to use it again"
             raise TPError(f"{call}: the context {state if self._unloaded else 'needs finalize() first'}")
         if type(buffer) is not int or not 0 <= buffer < _BUFFERS:
             raise invalid("buffer", repr(buffer), f"0 to {_BUFFERS - 1}")
-        return self._communicator
+        return communicator
