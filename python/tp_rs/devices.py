@@ -59,7 +59,8 @@ def resolve(gpu_split: object = None, devices: object = None, speeds: object = N
     if names is not None and budgets is not None and len(names) != len(budgets):
         raise _invalid("gpu_split", f"{len(budgets)} entries", f"{len(names)}, one for each entry of devices")
 
-    gpus = _gpus(needed=budgets is None) if names is None or any(name != "cpu" for name in names) else []
+    asks = names is None or any(name != "cpu" for name in names)
+    gpus = _gpus(names, needed=budgets is None) if asks else []
     if names is None:
         if budgets is None:
             names = [f"cuda:{index}" for index in range(len(gpus))] or ["cpu"]
@@ -134,8 +135,8 @@ def _speeds(speeds: object, names: list[str], gpus: list[_Gpu]) -> list[float | 
     return [speed / sharing[name] for name, speed in zip(names, known, strict=True) if speed is not None]
 
 
-def _gpus(*, needed: bool) -> list[_Gpu]:
-    """The visible GPUs: free memory as torch sees it where torch is in use, else as the driver tells."""
+def _gpus(names: list[str] | None, *, needed: bool) -> list[_Gpu]:
+    """The visible GPUs. Torch, where it is in use, says what is free on those of `names`, if needed."""
     try:
         driver = _native.cuda_devices()
     except CudaError as error:
@@ -150,8 +151,16 @@ def _gpus(*, needed: bool) -> list[_Gpu]:
     if cuda is None or not cuda.is_available():
         return found
     count = int(cuda.device_count())
-    bandwidths = [gpu.bandwidth_gb_s for gpu in found] if len(found) == count else [None] * count
-    return [_Gpu(int(cuda.mem_get_info(index)[0]), bandwidths[index]) for index in range(count)]
+    if len(found) != count:
+        found = [_Gpu(0, None)] * count
+    if not needed:
+        return found
+    # To answer, torch makes a context, which stays: half a gigabyte of a device that may be none of ours.
+    ours = range(count) if names is None else {_index(name) for name in names if name != "cpu"}
+    return [
+        gpu._replace(free_bytes=int(cuda.mem_get_info(index)[0])) if index in ours else gpu
+        for index, gpu in enumerate(found)
+    ]
 
 
 def _index(name: str) -> int:

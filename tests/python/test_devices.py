@@ -67,13 +67,21 @@ class TestDevices:
 
     @pytest.mark.usefixtures("gpus")
     def test_torch_is_asked_where_the_program_uses_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        cuda = types.SimpleNamespace(
-            is_available=lambda: True,
-            device_count=lambda: 2,
-            mem_get_info=lambda index: ((3 + index) * GIB, 24 * GIB),
-        )
+        asked: list[int] = []
+
+        def free(index: int) -> tuple[int, int]:
+            asked.append(index)
+            return (3 + index) * GIB, 24 * GIB
+
+        cuda = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 2, mem_get_info=free)
         monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
         assert devices.resolve() == [("cuda:0", 3.0, 936.0), ("cuda:1", 4.0, 504.0)]
+        # Each answer costs a context, so nobody is asked without need.
+        asked.clear()
+        assert devices.resolve(devices=["cuda:1", "cpu"])[0] == ("cuda:1", 4.0, None)
+        assert asked == [1]
+        assert devices.resolve([2.0, 1.0]) == [("cuda:0", 2.0, 936.0), ("cuda:1", 1.0, 504.0)]
+        assert asked == [1]
 
     def test_a_driver_that_fails_matters_only_where_it_is_needed(
         self, monkeypatch: pytest.MonkeyPatch
