@@ -147,6 +147,25 @@ def test_the_cache_is_the_dtypes(model, folder):
         tp_rs.load(model, plan=SPLITS, cache="fp32")
 
 
+def test_a_plan_with_a_narrower_cache_needs_the_room_for_the_real_one(folder, caplog):
+    asked = {"devices": CPUS, "context": 64, "batch": 256, "weights": torch.float32}
+    narrow = tp_rs.plan(folder, [1.0, 1.0], cache="fp16", **asked)
+    # So much that the plan fits, and not with twice the cache.
+    budgets = [(rank.total + rank.items["kv_cache"] / 2) / (1 << 30) for rank in narrow.ranks]
+    narrow = tp_rs.plan(folder, budgets, cache="fp16", **asked)
+    assert narrow.fits
+    with pytest.raises(DoesNotFit, match=r'weights and cache take .* as float32, .* cache="fp32"'):
+        tp_rs.load(folder, plan=narrow)
+    tp_rs.load(folder, plan=narrow, force=True).unload()
+    # With room it is told.
+    caplog.clear()
+    tp_rs.load(folder, plan=tp_rs.plan(folder, [1.0, 1.0], cache="fp16", **asked)).unload()
+    assert any('cache="fp32"' in record.message for record in caplog.records)
+    caplog.clear()
+    tp_rs.load(folder, plan=tp_rs.plan(folder, [1.0, 1.0], cache="fp32", **asked)).unload()
+    assert not caplog.records
+
+
 def test_a_model_on_devices_is_refused(model):
     placed = copy.deepcopy(model)
     placed.model.layers[2].to("meta")

@@ -20,6 +20,8 @@ __all__ = ["part_bytes", "require_room", "weight_bytes"]
 _log = logging.getLogger("tp_rs.transformers")
 
 _WEIGHTS = ("attention", "mlp", "experts", "embedding", "head", "replicated")
+_CACHED = {"fp16": 2, "fp32": 4}
+"""Bytes of an element of the caches that can be loaded."""
 _MIB = 1 << 20
 _NOTABLE = 1.01
 """Padding and buffers that only one side counts stay below this."""
@@ -41,7 +43,7 @@ def weight_bytes(skeleton: PreTrainedModel, layout: Layout, rank: int) -> int:
 def require_room(
     checkpoint: Checkpoint, skeleton: PreTrainedModel, layout: Layout, plan: Any, *, force: bool
 ) -> None:
-    """Compare a plan's weights with those that are loaded, which may be decoded or kept whole.
+    """Compare what a plan counts with what is loaded: weights may be decoded or kept whole, caches be wider.
 
     Splits without budgets say nothing of memory and pass.
 
@@ -51,21 +53,32 @@ def require_room(
     ranks = list(getattr(plan, "ranks", ()))
     if not ranks:
         return
-    held = [weight_bytes(skeleton, layout, rank) for rank in range(layout.ranks)]
-    planned = [sum(each.items.get(item, 0) for item in _WEIGHTS) for each in ranks]
+    caches = [each.items.get("kv_cache", 0) for each in ranks]
+    # Keys and values are kept in the dtype that the model computes in.
+    size = checkpoint.dtype.itemsize
+    wider = max(1.0, size / _CACHED.get(getattr(plan, "cache", ""), size))
+    held = [
+        weight_bytes(skeleton, layout, rank) + int(wider * cache)
+        for rank, cache in zip(range(layout.ranks), caches, strict=False)
+    ]
+    planned = [
+        sum(each.items.get(item, 0) for item in _WEIGHTS) + cache
+        for each, cache in zip(ranks, caches, strict=True)
+    ]
     dtype = str(checkpoint.dtype).removeprefix("torch.")
-    remedy = f'plan with weights="{dtype}", or raise the budgets'
+    remedy = f'plan with weights="{dtype}"' + ' and cache="fp32"' * (wider > 1) + ", or raise the budgets"
     for rank, (each, now, then) in enumerate(zip(ranks, held, planned, strict=False)):
         missing = each.total - then + now - each.budget
         if missing > 0 and now > then and not force:
             message = (
-                f"rank {rank} ({each.device}): its weights take {now / _MIB:.1f} MiB as {dtype}, and the "
-                f"plan counts {then / _MIB:.1f} MiB for them: {missing / _MIB:.1f} MiB are missing; {remedy}"
+                f"rank {rank} ({each.device}): its weights and cache take {now / _MIB:.1f} MiB as {dtype}, "
+                f"and the plan counts {then / _MIB:.1f} MiB for them: {missing / _MIB:.1f} MiB are missing; "
+                f"{remedy}"
             )
             raise DoesNotFit(message)
     if sum(held) > _NOTABLE * sum(planned):
         _log.warning(
-            "%s: the plan counts %.1f MiB for weights, and they take %.1f MiB as %s; %s",
+            "%s: the plan counts %.1f MiB for weights and caches, and they take %.1f MiB as %s; %s",
             checkpoint.name,
             sum(planned) / _MIB,
             sum(held) / _MIB,
