@@ -56,7 +56,8 @@ def require_room(
     caches = [each.items.get("kv_cache", 0) for each in ranks]
     # Keys and values are kept in the dtype that the model computes in.
     size = checkpoint.dtype.itemsize
-    wider = max(1.0, size / _CACHED.get(getattr(plan, "cache", ""), size))
+    cached = getattr(plan, "cache", "")
+    wider = max(1.0, size / _CACHED.get(cached, size))
     held = [
         weight_bytes(skeleton, layout, rank) + int(wider * cache)
         for rank, cache in zip(range(layout.ranks), caches, strict=False)
@@ -66,7 +67,9 @@ def require_room(
         for each, cache in zip(ranks, caches, strict=True)
     ]
     dtype = str(checkpoint.dtype).removeprefix("torch.")
-    remedy = f'plan with weights="{dtype}"' + ' and cache="fp32"' * (wider > 1) + ", or raise the budgets"
+    # No plan counts a wider cache than that, which float64 would need.
+    wide_cache = ' and cache="fp32"' if wider > 1 and cached != "fp32" else ""
+    remedy = f'plan with weights="{dtype}"{wide_cache}, or raise the budgets'
     for rank, (each, now, then) in enumerate(zip(ranks, held, planned, strict=False)):
         missing = each.total - then + now - each.budget
         if missing > 0 and now > then and not force:
