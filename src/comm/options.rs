@@ -20,7 +20,8 @@ pub struct CommOptions {
     pub poll: Option<Poll>,
     /// How data gets from one CUDA device to another.
     pub peers: Peers,
-    /// Bytes up to which a sum on CUDA devices is pushed to all ranks in one step; larger ones are divided among them.
+    /// Bytes up to which data on CUDA devices is pushed in one step. Larger sums are divided among the ranks, and what is
+    /// only moved is taken by who gets it.
     /// At most 2 MiB for 2 ranks, less for more; two thirds of it for sums of float64. `None` for what was measured to be
     /// best.
     pub pushed_below: Option<usize>,
