@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tp_rs.integrations.transformers.fused import Fused
+from tp_rs.integrations.transformers.products import one_row_products
 from tp_rs.integrations.transformers.static_attention import OWN
 from tp_rs.integrations.transformers.static_cache import StaticCache
 from tp_rs.integrations.transformers.static_step import Shape, StaticStep
@@ -77,7 +78,13 @@ class Seat:
         kept: dict[str, Any] = {}
         if self.keeps:
             kept["logits_to_keep"] = 1 if shape.tokens == 1 else inputs.count - 1
-        with self._attention(), self._experts(shape), self._fused.active() if self._fused else nullcontext():
+        with ExitStack() as settings:
+            settings.enter_context(self._attention())
+            settings.enter_context(self._experts(shape))
+            if shape.batch * shape.tokens == 1:
+                settings.enter_context(one_row_products(self.model.modules()))
+            if self._fused:
+                settings.enter_context(self._fused.active())
             result = self.model(
                 input_ids=inputs.ids,
                 attention_mask=step.mask(self.windows[0])

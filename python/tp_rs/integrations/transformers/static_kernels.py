@@ -8,12 +8,15 @@ many tokens for each whatever the length, and a second kernel puts the parts tog
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
+from triton.language.extra.cuda import (  # type: ignore[import-untyped]
+    gdc_launch_dependents,
+    gdc_wait,
+)
+
+from tp_rs.integrations.transformers.triton_device import multiprocessors, overlaps
 
 __all__ = ["decode", "store"]
 
@@ -59,6 +62,7 @@ def decode(
     block = _BLOCK if row_bytes <= _WIDE_ROW else _BLOCK // 2
     stages = 3 if 3 * block * row_bytes <= _SHARED else 2
     parts = _parts(query.device, batch * stored, columns)
+    early = overlaps(query.device)
     partial = torch.empty(batch, heads, parts, value_size, dtype=torch.float32, device=query.device)
     # The largest score of a part, and the sum of the exponentials below it.
     scales = torch.empty(2, batch, heads, parts, dtype=torch.float32, device=query.device)
@@ -87,8 +91,10 @@ def decode(
         block=block,
         parts=parts,
         capped=softcap is not None,
+        early=early,
         num_warps=4,
         num_stages=stages,
+        launch_pdl=early,
     )
     _join[(batch * heads,)](
         partial,
@@ -102,7 +108,9 @@ def decode(
         parts=parts,
         wide_parts=triton.next_power_of_2(parts),
         sunk=sinks is not None,
+        early=early,
         num_warps=4,
+        launch_pdl=early,
     )
     return result
 
@@ -124,6 +132,7 @@ def store(
         places: (batch, 1) int64, where every sequence's token goes.
     """
     batch, heads, _, size = keys.shape
+    early = overlaps(keys.device)
     _store[(batch * heads,)](
         keys,
         values,
@@ -140,22 +149,16 @@ def store(
         values.shape[3],
         wide=triton.next_power_of_2(size),
         value_wide=triton.next_power_of_2(values.shape[3]),
+        early=early,
         num_warps=1,
+        launch_pdl=early,
     )
 
 
 def _parts(device: torch.device, programs: int, columns: int) -> int:
     """How many programs share a KV head: enough for the device, and none without a block of its own."""
     most = min(_MOST_PARTS, -(-columns // _BLOCK))
-    return max(1, min(int(most), -(-_WAVES * _multiprocessors(device) // programs)))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 8  # the interpreter
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.multi_processor_count)
+    return max(1, min(int(most), -(-_WAVES * multiprocessors(device) // programs)))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -187,7 +190,11 @@ def _part(  # type: ignore[no-untyped-def]
     block: tl.constexpr,
     parts: tl.constexpr,
     capped: tl.constexpr,
+    early: tl.constexpr,
 ):
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
     sequence = tl.program_id(0) // stored
     head = tl.program_id(0) % stored
     part = tl.program_id(1)
@@ -259,7 +266,11 @@ def _join(  # type: ignore[no-untyped-def]
     parts: tl.constexpr,
     wide_parts: tl.constexpr,
     sunk: tl.constexpr,
+    early: tl.constexpr,
 ):
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
     place = tl.program_id(0)
     part = tl.arange(0, wide_parts)
     column = tl.arange(0, value_wide)
@@ -307,7 +318,11 @@ def _store(  # type: ignore[no-untyped-def]
     value_size,
     wide: tl.constexpr,
     value_wide: tl.constexpr,
+    early: tl.constexpr,
 ):
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
     sequence = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     place = tl.load(places + sequence * place_batch)

@@ -15,6 +15,7 @@ from tp_rs.errors import ModelError
 from tp_rs.integrations.transformers.communication import side_by_side
 from tp_rs.integrations.transformers.inputs import give_own_heads
 from tp_rs.integrations.transformers.layout import Collective, Kind, Layout
+from tp_rs.integrations.transformers.products import multiply
 from tp_rs.integrations.transformers.stub import Returns, watch
 
 if TYPE_CHECKING:
@@ -92,12 +93,20 @@ def _apart(module: nn.Linear, link: Link) -> _Forward:
     return run
 
 
+def _forward(module: Any) -> _Forward:
+    """A module's forward, which another one is about to take the place of."""
+    if type(module) is nn.Linear and "forward" not in module.__dict__:
+        return functools.partial(multiply, module)
+    forward: _Forward = module.forward
+    return forward
+
+
 def _row_parallel(place: _Place) -> _Forward:
     module, collective, link = place.module, place.collective, place.link
     if not isinstance(module, (nn.Linear, Conv1D)):
         message = f"{collective.module}: got {type(module).__name__}, wanted a linear layer"
         raise ModelError(message)
-    forward = module.forward
+    forward = _forward(module)
     if isinstance(module, Conv1D):
         # Its own adds the bias before the sum, and fails on no columns.
         forward = functools.partial(_product, module.weight)
@@ -124,13 +133,13 @@ def _product(weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
 
 def _gather(place: _Place) -> _Forward:
     module, link = place.module, place.link
-    forward, split = module.forward, side_by_side(place.collective.ranks)
+    forward, split = _forward(module), side_by_side(place.collective.ranks)
     return lambda hidden: link.all_gather(forward(hidden), split)
 
 
 def _logits(place: _Place) -> _Forward:
     module, collective, link = place.module, place.collective, place.link
-    forward, split = module.forward, side_by_side(collective.ranks)
+    forward, split = _forward(module), side_by_side(collective.ranks)
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
         own = forward(hidden)
