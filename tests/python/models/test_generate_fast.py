@@ -18,7 +18,7 @@ from transformers import (
 from tp_rs.errors import InvalidInput
 from tp_rs.integrations.transformers import Splits, load, selfcheck
 from tp_rs.integrations.transformers.captured import Captured
-from tp_rs.integrations.transformers.sampling import Chooser, Sampling
+from tp_rs.integrations.transformers.sampling import Chooser, Sampling, largest
 from tp_rs.integrations.transformers.twin import make_twin
 
 SPLITS = Splits.of(kv=[2, 1, 0], intermediate=[24, 16, 24], vocabulary=[60, 0, 37], groups=2)
@@ -243,3 +243,12 @@ def test_a_sequence_beyond_the_limit_is_refused(model):
         assert front.generate_fast(torch.ones(1, 15, dtype=torch.int64), max_new_tokens=5).shape == (1, 20)
     finally:
         front.unload()
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 64, 128, 997, 1536, 128256])
+def test_the_largest_is_the_first_of_equals(vocabulary):
+    for _ in range(5):
+        # Few values, so that the largest is there often.
+        scores = torch.randint(-3, 3, (3, vocabulary)).float()
+        scores[1] = float("-inf")
+        assert largest(scores).tolist() == scores.argmax(-1).tolist()

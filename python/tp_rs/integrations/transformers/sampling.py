@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +13,12 @@ from tp_rs.errors import InvalidInput
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["MOST_ENDS", "Chooser", "Sampling"]
+__all__ = ["MOST_ENDS", "Chooser", "Sampling", "largest"]
 
 _FEW = 256
 """The largest `top_k` that is found without sorting the vocabulary."""
+_PARTS = 256
+"""Parts of a row whose largest are looked for apart, where the vocabulary's size allows."""
 MOST_ENDS = 16
 """Tokens that may end a sequence."""
 
@@ -41,7 +43,7 @@ class Sampling:
             ("top_p", self.top_p, 0.0, 1.0 + 1e-12, "above 0 and at most 1"),
         )
         for name, value, low, high, words in wanted:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not low < value < high:
                 message = f"{name}: got {value!r}, wanted a number {words}"
                 raise InvalidInput(message)
@@ -113,7 +115,7 @@ class Chooser:
             logits = torch.where(
                 self._seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
             )
-        token = logits.argmax(-1) if way == "greedy" else self._draw(logits / self._floats[0], way)
+        token = largest(logits) if way == "greedy" else self._draw(logits / self._floats[0], way)
         token = torch.where(self._done, self._whole[1], token)
         self._done |= (token[:, None] == self._ends).any(-1)
         if penalised:
@@ -140,4 +142,18 @@ class Chooser:
     def _race(self, likely: torch.Tensor) -> torch.Tensor:
         # The first of exponential clocks with these rates rings with these probabilities.
         clocks = torch.empty_like(likely).exponential_(generator=self.generator)
-        return (likely / clocks).argmax(-1)
+        return largest(likely / clocks)
+
+
+def largest(scores: torch.Tensor) -> torch.Tensor:
+    """(batch, vocabulary) to (batch,): where the largest is, the first of equals as `argmax` has it.
+
+    `argmax` divides a row among few multiprocessors and takes 27 us for one of 128256 on an H100, as long as
+    a product of 80 MB of weights.
+    """
+    batch, vocabulary = scores.shape
+    parts = math.gcd(vocabulary, _PARTS)
+    size = vocabulary // parts
+    most, places = scores.view(batch, parts, size).max(-1)
+    part = most.argmax(-1, keepdim=True)
+    return (places.gather(1, part) + part * size)[:, 0]
