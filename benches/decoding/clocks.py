@@ -69,12 +69,16 @@ def a_token(
     return 1e3 * (lengths[many] - lengths[few]) / (many - few)
 
 
-def host_time(steps: Any) -> float:
-    """Microseconds that the host works between two tokens of the loop: launching, and reading a token."""
+def host_time(steps: Any) -> tuple[float, float]:
+    """Microseconds of the host between two tokens of the loop, and those of them that the driver takes.
+
+    The first is launching a step and reading its token, once the device is done; the second the same launches
+    without what is around them.
+    """
     from tp_rs.integrations.transformers.fast import _Reader  # noqa: PLC0415  what is measured
 
     kind = ("greedy", False)
-    times = []
+    times, launches = [], []
     with steps.entered():
         step = steps.then(steps.decode_shape(1, 300), kind)
         reader = _Reader(steps.chooser(1), steps.recorder.stream(steps.lead))
@@ -89,4 +93,16 @@ def host_time(steps: Any) -> float:
             begin = time.perf_counter()
             reader.get()
             times.append(1e6 * (launched + time.perf_counter() - begin))
-    return statistics.median(times)
+            launches.append(1e6 * _launching(step.ranks))
+    return statistics.median(times), statistics.median(launches)
+
+
+def _launching(ranks: list[tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]]) -> float:
+    synchronize()
+    seconds = 0.0
+    for stream, graph in ranks:
+        with torch.cuda.stream(stream):
+            begin = time.perf_counter()
+            graph.replay()
+            seconds += time.perf_counter() - begin
+    return seconds

@@ -24,6 +24,7 @@ _ROWS = {
     "prefill_128": "prompt of 128, ms",
     "record_seconds": "recording all of it, s",
     "host_microseconds": "host's work a token, us",
+    "driver_microseconds": "of it the driver's, launching the graphs, us",
 }
 
 

@@ -18,13 +18,16 @@ class Exchange:
 
     Args:
         parts: A tensor for each rank, on its device.
+        sources: What they have at first; others may have added to them since.
     """
 
-    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
+    def __init__(self, parts: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
         self.parts = list(parts)
         self.sent = [torch.empty_like(part, device="cpu").pin_memory() for part in parts]
         # What a rank gets is the next one's.
-        self.waiting = [part.cpu().pin_memory() for part in [*parts[1:], *parts[:1]]]
+        self.waiting = [
+            source.to("cpu", parts[0].dtype).pin_memory() for source in [*sources[1:], *sources[:1]]
+        ]
         self.got = [torch.empty_like(part) for part in parts]
         self.streams: list[tuple[Any, Any]] = [
             (torch.cuda.Stream(part.device), torch.cuda.Stream(part.device)) if part.is_cuda else (None, None)

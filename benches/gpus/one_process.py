@@ -93,7 +93,7 @@ class Work:
     def theirs(self, name: str) -> Callable[[], object]:
         """What torch offers under a name."""
         if name == names.BOTH_WAYS:
-            self.exchange = Exchange(self.inputs)
+            self.exchange = Exchange(self.inputs, self.sources)
             return self.exchange
         return {**self._nccl(), **self._comm(), **self._copies()}[self.operation, name]
 

@@ -17,9 +17,12 @@ use crate::split::activations::PIECE_DATA_BYTES;
 
 /// Up to so many bytes are pushed to all ranks in one step; above, every rank sums a share or takes what it gets. Two H100
 /// with `NVLink` were faster so up to 1 MiB while each 4 bytes had a number beside them; 12 have now.
-pub(super) const PUSHED_BELOW: usize = 2 << 20;
-/// The same where some ranks do not reach others: pushed data takes a third more bytes on the way through host memory.
-pub(super) const STAGED_ABOVE: usize = 128 << 10;
+const PUSHED_BELOW: usize = 2 << 20;
+/// The same for two ranks that do not reach each other. On two H100 pushing sums of 256 KiB and 1 MiB took 19 and 58 us and
+/// chunks 35 and 67; of 2 MiB 106 and 102, as pushed data takes a third more bytes on the way through host memory.
+const PUSHED_BELOW_APART: usize = 1 << 20;
+/// The same where more ranks do not all reach each other: each would push everything to all others.
+const PUSHED_BELOW_APART_OF_MORE: usize = 128 << 10;
 /// From so many bytes on, the copy engines carry what two ranks out of each other's reach send. Never: on two H100 they
 /// were slower than the kernels at 8 MiB, and a seventh faster at 32 MiB than kernels that were a tenth slower than now.
 pub(super) const ENGINES_ABOVE: usize = usize::MAX;
@@ -33,6 +36,15 @@ const BYTES_A_BLOCK: usize = 32 * THREADS as usize;
 /// The same where some ranks do not reach others: the least chunk that is staged. A second one in the same block would wait
 /// until the first has gone all the way through host memory.
 const STAGED_BYTES_A_BLOCK: usize = 16 * THREADS as usize;
+
+/// Up to so many bytes are pushed, where nobody said a number. `connected`: whether all ranks reach each other.
+pub(super) fn pushed_below(ranks: usize, connected: bool) -> usize {
+    match (connected, ranks) {
+        (true, _) => PUSHED_BELOW,
+        (false, ..=2) => PUSHED_BELOW_APART,
+        (false, _) => PUSHED_BELOW_APART_OF_MORE,
+    }
+}
 
 /// Which kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

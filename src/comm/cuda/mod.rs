@@ -109,7 +109,7 @@ impl Cuda {
         let rooms = Rooms::new(&Seats { machines: &machines, of: &seats }, options.peers, blocks as usize)?;
         let pushed_below = options
             .pushed_below
-            .unwrap_or(if rooms.connected { launch::PUSHED_BELOW } else { launch::STAGED_ABOVE })
+            .unwrap_or_else(|| launch::pushed_below(devices.len(), rooms.connected))
             .min(setup::small_bytes(devices.len()));
         let engines_above = options.engines_above.unwrap_or(launch::ENGINES_ABOVE);
         let engines = if rooms.apart && engines_above < usize::MAX {

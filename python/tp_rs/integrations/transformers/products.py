@@ -30,7 +30,8 @@ class OneRow(nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        if hidden.numel() != hidden.shape[-1] or hidden.dtype != self.weight.dtype:
+        one_row = hidden.numel() == hidden.shape[-1] == self.weight.shape[1]
+        if not one_row or hidden.dtype != self.weight.dtype:
             return linear(hidden, self.weight, self.bias)
         # Loaded by `one_row_products`; under this name the compiler sees an operation.
         result: torch.Tensor = torch.ops.tp_rs.product(hidden, self.weight, self.bias)
