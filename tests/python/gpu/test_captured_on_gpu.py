@@ -81,6 +81,34 @@ def test_decoding_attends_as_in_float64(dtype, heads, stored, size, value_size):
         assert (own - exact).abs().max() <= allowed, (batch, columns, softcap, beside is not None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_tokens_are_stored_where_they_belong(dtype):
+    """As torch's own gather and scatter do it, and nothing beside them is written."""
+    for _ in range(12):
+        batch, heads, new = random.randint(1, 4), random.randint(1, 5), random.choice([1, 2, 16, 33, 128])
+        sizes = random.randint(1, 96), random.randint(1, 96)
+        room = new + random.randint(0, 50)
+        count = torch.randint(1, new + 1, (batch,), device=DEVICE)
+        start = torch.stack([torch.randint(0, room - int(each) + 1, ()) for each in count]).to(DEVICE)
+        # As a step has it: what is padding repeats the last token.
+        places = torch.minimum(torch.arange(new, device=DEVICE)[None], count[:, None] - 1)
+        positions = start[:, None] + places
+        # The model's heads lie behind its tokens.
+        fresh = [torch.randn(batch, new, heads, size, device=DEVICE, dtype=dtype) for size in sizes]
+        fresh = [each.transpose(1, 2) for each in fresh]
+        kept = [torch.randn(batch, heads, room, size, device=DEVICE, dtype=dtype) for size in sizes]
+        wanted = []
+        for own, added in zip(kept, fresh, strict=True):
+            result = own.clone()
+            for row in range(batch):
+                end = int(start[row] + count[row])
+                result[row, :, int(start[row]) : end] = added[row, :, : int(count[row])]
+            wanted.append(result)
+        kernels.store(*kept, *fresh, positions, places if new > 1 else None)
+        for own, expected in zip(kept, wanted, strict=True):
+            assert torch.equal(own, expected), (batch, heads, new, sizes)
+
+
 @pytest.mark.parametrize("architecture", TYPES)
 @pytest.mark.parametrize(("kv", "place"), PLACED, ids=str, indirect=["place"])
 def test_tokens_are_those_of_the_whole_model(architecture, kv, place):

@@ -26,6 +26,8 @@ _SMALLEST_DOT = 16
 _WAVES = 2
 """Programs a multiprocessor."""
 _MOST_PARTS = 64
+_TOKENS = 16
+"""Tokens that a program stores."""
 _WIDE_ROW = 1024
 _SHARED = 128 << 10
 
@@ -120,37 +122,44 @@ def store(
     values: torch.Tensor,
     new_keys: torch.Tensor,
     new_values: torch.Tensor,
-    places: torch.Tensor,
+    positions: torch.Tensor,
+    places: torch.Tensor | None = None,
 ) -> None:
-    """Write one token of every sequence into both caches, in one launch.
+    """Write new tokens of every sequence into both caches, in one launch.
 
     Args:
         keys: (batch, KV heads, tokens, size), contiguous along `size`.
         values: (batch, KV heads, tokens, size of a value), likewise.
-        new_keys: (batch, KV heads, 1, size), likewise.
-        new_values: (batch, KV heads, 1, size of a value), likewise.
-        places: (batch, 1) int64, where every sequence's token goes.
+        new_keys: (batch, KV heads, new, size), likewise.
+        new_values: (batch, KV heads, new, size of a value), likewise.
+        positions: (batch, new) int64, contiguous, where tokens go. Those with the same one must be the same.
+        places: (batch, new) int64, contiguous, which of the new tokens goes there; in order if left out.
     """
     batch, heads, _, size = keys.shape
+    tokens = positions.shape[1]
+    tile = min(_TOKENS, triton.next_power_of_2(tokens))
     early = overlaps(keys.device)
-    _store[(batch * heads,)](
+    _store[(batch * heads, triton.cdiv(tokens, tile))](
         keys,
         values,
         new_keys,
         new_values,
-        places,
+        positions,
+        positions if places is None else places,
         *keys.stride()[:3],
         *values.stride()[:3],
-        *new_keys.stride()[:2],
-        *new_values.stride()[:2],
-        places.stride(0),
+        *new_keys.stride()[:3],
+        *new_values.stride()[:3],
         heads,
+        tokens,
         size,
         values.shape[3],
+        tile=tile,
         wide=triton.next_power_of_2(size),
         value_wide=triton.next_power_of_2(values.shape[3]),
+        in_order=places is None,
         early=early,
-        num_warps=1,
+        num_warps=1 if tile == 1 else 4,
         launch_pdl=early,
     )
 
@@ -301,6 +310,7 @@ def _store(  # type: ignore[no-untyped-def]
     values,
     new_keys,
     new_values,
+    positions,
     places,
     key_batch,
     key_head,
@@ -310,14 +320,18 @@ def _store(  # type: ignore[no-untyped-def]
     value_token,
     new_key_batch,
     new_key_head,
+    new_key_token,
     new_value_batch,
     new_value_head,
-    place_batch,
+    new_value_token,
     heads,
+    tokens,
     size,
     value_size,
+    tile: tl.constexpr,
     wide: tl.constexpr,
     value_wide: tl.constexpr,
+    in_order: tl.constexpr,
     early: tl.constexpr,
 ):
     if early:
@@ -325,14 +339,20 @@ def _store(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     sequence = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
-    place = tl.load(places + sequence * place_batch)
-    column = tl.arange(0, wide)
-    key = tl.load(new_keys + sequence * new_key_batch + head * new_key_head + column, mask=column < size)
-    target = keys + sequence * key_batch + head * key_head + place * key_token
-    tl.store(target + column, key, mask=column < size)
-    column = tl.arange(0, value_wide)
-    value = tl.load(
-        new_values + sequence * new_value_batch + head * new_value_head + column, mask=column < value_size
+    token = tl.program_id(1) * tile + tl.arange(0, tile)
+    there = token < tokens
+    position = tl.load(positions + sequence * tokens + token, mask=there, other=0)[:, None]
+    place = (
+        token.to(tl.int64) if in_order else tl.load(places + sequence * tokens + token, mask=there, other=0)
     )
-    target = values + sequence * value_batch + head * value_head + place * value_token
-    tl.store(target + column, value, mask=column < value_size)
+    place = place[:, None]
+    column = tl.arange(0, wide)[None, :]
+    inside = there[:, None] & (column < size)
+    source = new_keys + sequence * new_key_batch + head * new_key_head + place * new_key_token
+    target = keys + sequence * key_batch + head * key_head + position * key_token
+    tl.store(target + column, tl.load(source + column, mask=inside), mask=inside)
+    column = tl.arange(0, value_wide)[None, :]
+    inside = there[:, None] & (column < value_size)
+    source = new_values + sequence * new_value_batch + head * new_value_head + place * new_value_token
+    target = values + sequence * value_batch + head * value_head + position * value_token
+    tl.store(target + column, tl.load(source + column, mask=inside), mask=inside)

@@ -174,19 +174,23 @@ def _at(places: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return places[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
 
 
-def _store_one(
+def _store(
     keys: torch.Tensor,
     values: torch.Tensor,
     new_keys: torch.Tensor,
     new_values: torch.Tensor,
-    places: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    places: torch.Tensor | None = None,
 ) -> None:
+    """Put the new tokens, or those at these places among them, where they belong in the cache."""
     dense = new_keys.stride(-1) == new_values.stride(-1) == 1
     if dense and keys.device.type == "cuda" and keys.numel() and has_triton():
-        kernels().store(keys, values, new_keys, new_values, places)
+        kernels().store(keys, values, new_keys, new_values, positions, places)
         return
     for kept, new in ((keys, new_keys), (values, new_values)):
-        kept.scatter_(2, _at(places, new), new)
+        chosen = new if places is None else new.gather(2, _at(places, new))
+        kept.scatter_(2, _at(positions, new), chosen)
 
 
 class _Full(_Kind):
@@ -206,11 +210,8 @@ class _Full(_Kind):
         self, keys: torch.Tensor, values: torch.Tensor, new_keys: torch.Tensor, new_values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         step = self.step
-        if step.tokens == 1:
-            _store_one(keys, values, new_keys, new_values, step.positions)
-        else:
-            for kept, new in ((keys, new_keys), (values, new_values)):
-                kept.scatter_(2, _at(step.positions, new), new.gather(2, _at(step.places, new)))
+        places = step.places if step.tokens > 1 else None
+        _store(keys, values, new_keys, new_values, step.positions, places=places)
         if step.shape.first:
             return new_keys, new_values
         attended = step.shape.attended
@@ -254,7 +255,7 @@ class _Ring(_Kind):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         step = self.step
         if step.tokens == 1:
-            _store_one(keys, values, new_keys, new_values, self._at)
+            _store(keys, values, new_keys, new_values, self._at)
             return keys, values
         seen = new_keys, new_values
         if not step.shape.first:
