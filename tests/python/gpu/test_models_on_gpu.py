@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -281,6 +284,32 @@ def same_parameters(folder, splits, dtype, place):
     assert all(count > 0 for count in read.values())
     ours.unload()
     theirs.unload()
+
+
+LEFT_LOADED = """
+import sys
+import torch
+from models_common import made, over_ranks
+front = over_ranks(made("llama"), [2, 1], capture=sys.argv[1] == "captured")
+ids = torch.randint(3, 90, (1, 12), device="cuda:0")
+front.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("way", ["eager", "captured"])
+def test_a_process_ends_well_with_a_model_that_nobody_unloaded(way):
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", LEFT_LOADED, way],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+        assert "terminate called" not in done.stderr
 
 
 def test_refusals(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -65,6 +67,27 @@ class _Call:
 
 _Jobs = queue.SimpleQueue[_Call | None]
 
+_AT_EXIT = 5.0
+"""Seconds that the process waits for ranks' threads when it ends."""
+_threads: weakref.WeakKeyDictionary[threading.Thread, _Jobs] = weakref.WeakKeyDictionary()
+
+
+def _end_threads() -> None:
+    """Let the threads of models that nobody unloaded end before the interpreter does.
+
+    One that is still there then is stopped in the middle of whatever it does. Where that is torch freeing an
+    event, the process dies of "terminate called without an active exception" and leaves with an error.
+    """
+    until = time.monotonic() + _AT_EXIT
+    there = list(_threads.items())
+    for _, jobs in there:
+        jobs.put(None)
+    for thread, _ in there:
+        thread.join(max(0.0, until - time.monotonic()))
+
+
+atexit.register(_end_threads)
+
 
 class Ranks:
     """The threads of a model's ranks. They end with `close`, or when nothing refers to this object.
@@ -98,7 +121,8 @@ class Ranks:
             for link, lane, jobs in zip(self._links, lanes, self._jobs, strict=True)
         ]
         weakref.finalize(self, _end, self._jobs, self._lanes)
-        for thread in self.threads:
+        for thread, jobs in zip(self.threads, self._jobs, strict=True):
+            _threads[thread] = jobs
             thread.start()
         if not self._lanes:
             self._divide_threads(threads)
