@@ -17,7 +17,7 @@ import torch
 from tp_rs._native import Baton, Communicator
 from tp_rs.errors import CudaError, InvalidInput, TPError
 from tp_rs.integrations.transformers.communication import Link
-from tp_rs.integrations.transformers.streams import Lane, lanes_of, leave, mark_callers, turn
+from tp_rs.integrations.transformers.streams import Lane, Turn, lanes_of, leave, mark_callers
 
 __all__ = ["Ranks", "timeout_of"]
 
@@ -169,7 +169,7 @@ class Ranks:
             TPError: The threads have ended, or a device failed.
             InvalidInput: The caller is capturing a CUDA graph.
         """
-        with self._calls, turn(lane.device for lane in self._lanes):
+        with self._calls, Turn(lane.device for lane in self._lanes):
             self.check_open()
             call = _Call(job, len(self._links), self._callers())
             while not call.finished.is_set():

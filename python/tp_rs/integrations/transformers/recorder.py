@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from tp_rs.errors import TPError
-from tp_rs.integrations.transformers.streams import turn
+from tp_rs.integrations.transformers.streams import Turn
 
 if TYPE_CHECKING:
     from tp_rs.integrations.transformers.communication import Link
@@ -43,10 +43,10 @@ class _Graphs:
         devices: list[torch.device],
     ) -> None:
         self.ranks = ranks
-        self.devices = devices
+        self._turn = Turn(devices)
 
     def __call__(self) -> None:
-        with turn(self.devices):
+        with self._turn:
             for stream, graph in self.ranks:
                 torch.cuda.set_stream(stream)
                 graph.replay()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["Lane", "give_back", "keeping", "lanes_of", "leave", "mark_callers", "turn"]
+__all__ = ["Lane", "Turn", "give_back", "keeping", "lanes_of", "leave", "mark_callers"]
 
 _QUEUES = 8
 """Hardware queues of a device, which the driver gives its streams in turn (CUDA_DEVICE_MAX_CONNECTIONS)."""
@@ -141,19 +141,36 @@ def mark_callers(lanes: Iterable[Lane]) -> dict[torch.device, torch.cuda.Event]:
     return marks
 
 
-@contextmanager
-def turn(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Keep other models' ranks from queueing work on these devices meanwhile.
+class Turn:
+    """Keep other models' ranks from queueing work on these devices meanwhile. May be entered again and again.
 
     Models share the lanes. Were the parts of two collectives queued in another order on one device than on
     the other, each would wait for the other for ever.
+
+    Args:
+        devices: Where work will be queued.
     """
-    with _lock:
-        locks = [_turns.setdefault(device, threading.Lock()) for device in sorted(set(devices), key=str)]
-    with ExitStack() as held:
-        for lock in locks:
-            held.enter_context(lock)
-        yield
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        with _lock:
+            in_order = sorted(set(devices), key=str)
+            self._locks = [_turns.setdefault(device, threading.Lock()) for device in in_order]
+
+    def __enter__(self) -> None:
+        taken = 0
+        try:
+            for lock in self._locks:
+                lock.acquire()
+                taken += 1
+        except BaseException:
+            # Ctrl-C while waiting.
+            for lock in self._locks[:taken]:
+                lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        for lock in self._locks:
+            lock.release()
 
 
 def give_back(devices: Iterable[torch.device], *, all_of_it: bool = False) -> None:
@@ -170,7 +187,7 @@ def give_back(devices: Iterable[torch.device], *, all_of_it: bool = False) -> No
     with _lock:
         last = _in_use == 0
     # Freeing waits for the device, and must not wait for a collective that is queued only in part.
-    with turn(places):
+    with Turn(places):
         if last and all_of_it and hasattr(torch._C, "_cuda_clearCublasWorkspaces"):  # noqa: SLF001  no public name
             torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001
         for device in places:
