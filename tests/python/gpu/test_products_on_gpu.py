@@ -111,9 +111,15 @@ def test_only_one_row_is_ours_and_layers_are_themselves_afterwards():
     assert type(layer) is nn.Linear
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
-@pytest.mark.parametrize("kv", [[3], [2, 1]], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "compiled", "kv"),
+    [
+        (torch.float16, False, [3]),
+        (torch.bfloat16, False, [2, 1]),
+        (torch.float16, True, [2, 1]),
+    ],
+    ids=str,
+)
 def test_steps_in_half_precision_agree_with_the_whole_model(dtype, compiled, kv, place):
     """Logits after each token, against the unsharded model in float32 from the same weights."""
     model = made("llama").to(dtype)
