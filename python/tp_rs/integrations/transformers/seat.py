@@ -73,12 +73,12 @@ class Seat:
             shape, inputs.ids, inputs.start, inputs.count, self._mask_dtype(), rehearsal=rehearsal
         )
         step.prepare(set(self.windows), capacity)
-        self.cache.enter(step, capacity)
         single = len(set(self.windows)) == 1
         kept: dict[str, Any] = {}
         if self.keeps:
             kept["logits_to_keep"] = 1 if shape.tokens == 1 else inputs.count - 1
         with ExitStack() as settings:
+            settings.enter_context(self.cache.during(step, capacity))
             settings.enter_context(self._attention())
             settings.enter_context(self._experts(shape))
             if shape.batch * shape.tokens == 1:

@@ -6,6 +6,7 @@ again (a captured graph is), and tokens are forgotten by passing a smaller numbe
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers.cache_utils import (
 from tp_rs.integrations.transformers.streams import keeping
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PretrainedConfig
 
@@ -139,9 +140,15 @@ class StaticCache(Cache):
             raise RuntimeError(message)
         return self._step
 
-    def enter(self, step: StaticStep, capacity: int) -> None:
-        """Say which step comes, and how many tokens a sequence may have in it."""
+    @contextmanager
+    def during(self, step: StaticStep, capacity: int) -> Iterator[None]:
+        """Say which step the rank is in, and how many tokens a sequence may have in it."""
         self._step, self._capacity = step, capacity
+        try:
+            yield
+        finally:
+            self._step = None
+            step.close()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(

@@ -90,6 +90,15 @@ class StaticStep:
             for window in windows
         }
 
+    def close(self) -> None:
+        """Let go of what was made on the device.
+
+        Masks and the step hold each other, and the collector may come much later: until then nothing else
+        could use the block of memory that they lie in.
+        """
+        self._kinds = {}
+        self.positions = self.places = torch.empty(0)
+
     def kind(self, window: int | None) -> _Kind:
         """How layers of a window store and see."""
         return self._kinds[window]
