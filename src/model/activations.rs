@@ -5,6 +5,7 @@ use crate::split::Options;
 use crate::split::activations::{
     ATTENTION_COPIES, EXPERT_COPIES, FLOAT_BYTES, FRAGMENTS, FUSED_MLP_COPIES, KEY_COPIES, MASK_COPIES,
     MLP_COPIES, QUERY_COPIES, RESIDUAL_COPIES, ROTARY_COPIES, ROTATED_COPIES, SCORE_COPIES, STREAM_COPIES,
+    WEIGHTED_ROWS, WEIGHTS_LIKE_ROWS,
 };
 use crate::split::workload::Workload;
 
@@ -37,7 +38,7 @@ pub(super) fn on_devices(
     let fused = shape.source == Source::Config || has_fused_mlps(shape);
     let row = chunk.rows.saturating_mul(dimensions.hidden).saturating_mul(chunk.element);
     let float_row = chunk.rows.saturating_mul(dimensions.hidden).saturating_mul(FLOAT_BYTES);
-    let (mut routed, mut own_experts) = (0, 0);
+    let (mut routed, mut own_experts, mut gate_and_up) = (0, 0, 0);
     let (mut attention, mut attention_alone, mut mlp) = (0, 0, 0);
     for layer in &dimensions.layers {
         attention = attention.max(chunk.of_heads(layer, dimensions));
@@ -46,6 +47,7 @@ pub(super) fn on_devices(
             Mlp::Dense { width } => width * if fused { FUSED_MLP_COPIES } else { MLP_COPIES },
             Mlp::Experts { active, width, shared_width, .. } => {
                 routed = routed.max(*active);
+                gate_and_up = gate_and_up.max(2 * active * width);
                 let inside = (active * width * EXPERT_COPIES).max(shared_width * FUSED_MLP_COPIES);
                 if workload.experts.is_some() {
                     // Every chosen row goes through one of the rank's experts, whoever it was meant for.
@@ -74,19 +76,42 @@ pub(super) fn on_devices(
     workload.activation_attention_alone = attention_alone;
     workload.activation_mlp = mlp;
     // What a norm makes in float32; what experts make of the rows that are sent to them.
-    workload.activation_floor = (2 * float_row).max(row.saturating_mul(3 * routed));
+    let too_small = if chunk.element < FLOAT_BYTES { row } else { 0 };
+    let norm = with_gaps(float_row.saturating_mul(2), too_small);
+    workload.activation_floor = norm.max(chunk.of_experts(dimensions, routed, gate_and_up));
     for bytes in [
         &mut workload.activation_base,
         &mut workload.activation_attention,
         &mut workload.activation_attention_alone,
         &mut workload.activation_mlp,
-        &mut workload.activation_floor,
     ] {
-        *bytes = bytes.saturating_add(bytes.div_ceil(FRAGMENTS));
+        *bytes = with_gaps(*bytes, 0);
     }
 }
 
+/// Bytes of tensors with those of the gaps between them, of which `known` are sure to be there.
+fn with_gaps(bytes: u64, known: u64) -> u64 {
+    bytes.saturating_add(known.max(bytes.div_ceil(FRAGMENTS)))
+}
+
 impl Chunk {
+    /// Bytes of the rows that experts give, gaps between them counted; those that they are given are not.
+    ///
+    /// `gate_and_up` are the columns of both, for all experts of a token.
+    fn of_experts(self, dimensions: &Dimensions, routed: u64, gate_and_up: u64) -> u64 {
+        let elements = self.rows.saturating_mul(dimensions.hidden).saturating_mul(routed);
+        let alike = WEIGHTS_LIKE_ROWS.contains(&dimensions.architecture.as_str());
+        let weighted =
+            elements.saturating_mul(if alike { self.element } else { self.element.max(FLOAT_BYTES) });
+        let given = elements.saturating_mul(self.element);
+        // Larger than a row, it is used again.
+        let mut too_small = given.min(self.rows.saturating_mul(self.element).saturating_mul(gate_and_up));
+        if weighted > given {
+            too_small = too_small.saturating_add(given);
+        }
+        with_gaps(given.saturating_add(weighted.saturating_mul(WEIGHTED_ROWS)), too_small)
+    }
+
     /// Bytes of what attention makes of all heads.
     fn of_heads(self, layer: &Layer, dimensions: &Dimensions) -> u64 {
         let rows = self.rows.saturating_mul(self.element);

@@ -13,9 +13,13 @@
 //!   In float32, heads that share keys take [`SCORE_COPIES`] × `t·T` scores each, where the chunk is the first;
 //! - while the MLP runs: [`MLP_COPIES`] × `T·e` a column, [`FUSED_MLP_COPIES`] where gate and up are one tensor,
 //!   [`EXPERT_COPIES`] for each expert that a token is sent to;
-//! - between them: two rows of a norm in float32, or three rows for each expert that a token is sent to.
+//! - between them: two rows of a norm in float32, or for each expert that a token is sent to a row of its output, and
+//!   two of it multiplied with the router's weights, before and after they are put in order: of `e` bytes an element
+//!   where the router makes its weights of the model's type ([`WEIGHTS_LIKE_ROWS`]), else in float32.
 //!
-//! And of all that one part in [`FRAGMENTS`] more, for gaps.
+//! And of all that one part in [`FRAGMENTS`] more, for gaps. What lies between the two is known where that is more: what
+//! was there before and is too small. Before a norm's rows in float32 that is a row; before experts' rows it is their
+//! gate and up, as far as a row is larger, and the row of an expert's output where the next ones are in float32.
 //!
 //! # On host memory
 //! Counted for a chunk of `T` tokens, elements of `e` bytes and a residual stream of `h` columns:
@@ -44,6 +48,34 @@ pub const STREAM_COPIES: u64 = 4;
 pub const FUSED_MLP_COPIES: u64 = 4;
 /// Copies of an expert's intermediate element: gate and up as one tensor, and a copy of it without rows of others.
 pub const EXPERT_COPIES: u64 = 4;
+/// Rows for each expert of a token while its outputs are multiplied with the router's weights: before and after they
+/// are put in order.
+pub const WEIGHTED_ROWS: u64 = 2;
+/// Types whose routers make their weights of the model's type, as transformers (`model_type`) or GGUF files
+/// (`general.architecture`) name them. Others leave them in float32, which makes float32 of the rows that they are
+/// multiplied with. Small ones of each type were run in bfloat16 with transformers 5.17
+/// (`tests/python/models/test_planned_gaps.py`).
+pub const WEIGHTS_LIKE_ROWS: &[&str] = &[
+    "cohere2_moe",
+    "ernie4_5_moe",
+    "flex_olmo",
+    "gpt-oss",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "jamba",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen2moe",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3moe",
+];
 /// Copies of an element while it is rotated: itself, by the cosine, its halves exchanged, by the sine.
 pub const ROTATED_COPIES: u64 = 4;
 /// Copies of a query element while attention runs: the query and the output.
