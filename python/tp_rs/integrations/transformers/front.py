@@ -79,8 +79,9 @@ class _Runner:
         self.tokenizer_source: dict[str, Any] | None = None
         self.capture = Capture(models, ranks, devices, lead)
         self._chunks: Chunks | None = None
-        self.reserved = True
-        """Whether the plan's memory is taken already, or is not to be."""
+        self.reserves = True
+        """Whether the plan's memory is taken at once."""
+        self._reserved = False
         self._caches: weakref.WeakSet[RankedCache] = weakref.WeakSet()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Runner:
@@ -121,9 +122,9 @@ class _Runner:
         # write into it, so each rank needs its own.
         states = {name: value for name, value in kwargs.items() if name in _STATES and name not in caches}
         others = {name: value for name, value in kwargs.items() if name not in _STATES}
-        if not self.reserved:
+        if self.reserves and not self._reserved:
             reserve(ranks, self.plan, self.dtype)
-            self.reserved = True
+            self._reserved = True
         placed = ranks.placed((args, others))
 
         def job(link: Link) -> Any:
@@ -148,6 +149,7 @@ class _Runner:
             if full is not None:
                 # Not before the error is gone: its traceback holds the memory that is needed now.
                 self.capture.refuse(full)
+                self._reserved = False
             cache.eager = self.spread(DynamicCache(config=self.models[self.lead].config))
         result = self.run(args, {**kwargs, "past_key_values": cache.eager})
         cache.columns = int(cache.eager.get_seq_length())

@@ -142,7 +142,7 @@ def load(
     runner.limit = context if isinstance(context, int) else planned
     runner.chunk = getattr(plan, "chunk", None)
     # Of a plan that does not fit, what is used may fit all the same.
-    runner.reserved = force
+    runner.reserves = not force
     runner.tokenizer_source = checkpoint.tokenizer
     _prepare(runner.capture, plan, runner.limit, capture=capture, compile=compile)
     try:
