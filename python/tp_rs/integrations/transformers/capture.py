@@ -15,7 +15,7 @@ from tp_rs.integrations.transformers import captured_check
 from tp_rs.integrations.transformers.captured import MOST_SEQUENCES, Captured, Room
 from tp_rs.integrations.transformers.captured_cache import CapturedCache
 from tp_rs.integrations.transformers.recorder import CudaRecorder, PlainRecorder
-from tp_rs.integrations.transformers.reserve import reserve
+from tp_rs.integrations.transformers.reserve import passing, reserve
 from tp_rs.integrations.transformers.static_cache import windows_of
 
 if TYPE_CHECKING:
@@ -213,7 +213,9 @@ class Capture:
         if isinstance(own, str):
             return own
         recorder: Recorder = (
-            CudaRecorder(self._ranks, self._lead) if self._cuda else PlainRecorder(self._ranks)
+            CudaRecorder(self._ranks, self._lead, passing(self.plan))
+            if self._cuda
+            else PlainRecorder(self._ranks)
         )
         if self._cuda:
             # What is missing shows when it is taken.

@@ -6,14 +6,19 @@ import gc
 import logging
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from tp_rs.errors import TPError
+from tp_rs.integrations.transformers.reserve import take
 from tp_rs.integrations.transformers.streams import Turn
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
     from tp_rs.integrations.transformers.communication import Link
     from tp_rs.integrations.transformers.execution import Ranks
 
@@ -32,6 +37,12 @@ _WARM = 2
 
 _capturing = threading.Lock()
 """Held while any model of the process captures: an allocation elsewhere may end a capture."""
+
+
+class _Pool(NamedTuple):
+    """What torch asks a pool for: the number that graphs know it by, too."""
+
+    id: tuple[int, int]
 
 
 class _Graphs:
@@ -130,16 +141,26 @@ class CudaRecorder:
     """A CUDA graph a rank, captured by the rank's thread and replayed by the caller's.
 
     A rank's graphs share a pool of memory: they run one after the other on the rank's stream, and what they
-    leave behind lies in memory of its own.
+    leave behind lies in memory of its own. Once there is a pool, work that is not replayed is run in it too:
+    what is counted for one step is enough for all.
 
     Args:
         ranks: The ranks' threads, whose devices all are CUDA devices.
         lead: The rank that draws random numbers.
+        room: Bytes that are counted for what a step makes, by rank. They are taken as one block; left out,
+            memory grows piece by piece.
     """
 
-    def __init__(self, ranks: Ranks, lead: int) -> None:
+    def __init__(self, ranks: Ranks, lead: int, room: Sequence[int] = ()) -> None:
         self._ranks = ranks
         self._lead = lead
+        # What other allocators take during a capture belongs to the graph, and stays apart.
+        self._pooled = torch.cuda.get_allocator_backend() == "native"
+        self._room = list(room) if room and self._pooled else [0] * len(ranks.streams)
+        self._filled = False
+        """Whether the pools have their blocks, in which graphs lie."""
+        self._ahead = False
+        """Whether torch has such blocks beside the pools, while these are empty."""
         self._streams = ranks.streams
         self._devices = list(dict.fromkeys(stream.device for stream in self._streams))
         self._pools = [torch.cuda.graph_pool_handle() for _ in self._streams]
@@ -149,7 +170,28 @@ class CudaRecorder:
 
     def run(self, work: Work) -> None:
         """Run work once on every rank, each on its stream."""
-        self._ranks.run(lambda link: work(link.rank))
+
+        def job(link: Link) -> None:
+            if not self._filled and not self._ahead:
+                self._take(link.rank)
+            with self._pool(link.rank):
+                work(link.rank)
+
+        self._ranks.run(job)
+        self._ahead = True
+
+    def _pool(self, rank: int) -> AbstractContextManager[None]:
+        """Let the calling thread's tensors lie where the rank's graphs have theirs, if there are any."""
+        if not self._filled:
+            return nullcontext()
+        pool: Any = _Pool(self._pools[rank])
+        within: AbstractContextManager[None] = torch.cuda.use_mem_pool(pool, self._streams[rank].device)
+        return within
+
+    def _take(self, rank: int) -> None:
+        # Of a plan that does not fit, what is used may fit all the same.
+        with suppress(torch.OutOfMemoryError):
+            take(self._streams[rank].device, self._room[rank])
 
     def record(self, work: Work, rehearse: Work, generator: torch.Generator | None) -> Replay:
         """Rehearse the work, and capture it.
@@ -166,6 +208,7 @@ class CudaRecorder:
                 torch.cuda.synchronize(device)
             # What the rehearsal took is taken again from the graphs' own pool.
             torch.cuda.empty_cache()
+            self._ahead = False
             collects = gc.isenabled()
             # What is collected during a capture may free memory, which ends it.
             gc.disable()
@@ -173,13 +216,14 @@ class CudaRecorder:
                 graphs = [self._capture(rank, work, generator) for rank in range(len(self._streams))]
             except BaseException:
                 # A pool that a capture failed in takes no others.
-                self._pools = [torch.cuda.graph_pool_handle() for _ in self._streams]
+                self._renew_pools()
                 self._let_go(generator)
                 raise
             finally:
                 if collects:
                     gc.enable()
         self._graphs += graphs
+        self._filled = self._pooled
         ranks = list(zip(self._streams, graphs, strict=True))
         return _Graphs(ranks, self._devices)
 
@@ -191,6 +235,8 @@ class CudaRecorder:
         def capture() -> None:
             graph.capture_begin(pool=self._pools[rank], capture_error_mode="thread_local")
             try:
+                if not self._filled:
+                    self._take(rank)
                 work(rank)
             finally:
                 graph.capture_end()
@@ -279,5 +325,9 @@ class CudaRecorder:
         for graph in self._graphs:
             graph.reset()
         self._graphs.clear()
-        self._pools = [torch.cuda.graph_pool_handle() for _ in self._streams]
+        self._renew_pools()
         self._epoch = self._ranks.link(0).epoch
+
+    def _renew_pools(self) -> None:
+        self._pools = [torch.cuda.graph_pool_handle() for _ in self._streams]
+        self._filled = self._ahead = False

@@ -14,10 +14,27 @@ if TYPE_CHECKING:
     from tp_rs.integrations.transformers.communication import Link
     from tp_rs.integrations.transformers.execution import Ranks
 
-__all__ = ["reserve"]
+__all__ = ["passing", "reserve", "take"]
 
 _MIB = 1 << 20
 _SMALL = 16
+
+
+def passing(plan: Any) -> list[int]:
+    """Bytes that a plan counts for what comes and goes on each rank; empty for splits without budgets."""
+    return [
+        each.items.get("activations", 0) + each.items.get("logits", 0) for each in getattr(plan, "ranks", ())
+    ]
+
+
+def take(device: torch.device, size: int) -> None:
+    """Let torch have one block of so many bytes for what the calling thread makes next on this device.
+
+    Raises:
+        torch.OutOfMemoryError: There is none.
+    """
+    if size:
+        torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def reserve(ranks: Ranks, plan: Any, dtype: torch.dtype) -> None:
@@ -29,24 +46,24 @@ def reserve(ranks: Ranks, plan: Any, dtype: torch.dtype) -> None:
     Raises:
         DoesNotFit: A device has less left than the plan counts.
     """
-    items = [each.items for each in getattr(plan, "ranks", ())]
-    if not items or not ranks.streams:
+    room = passing(plan)
+    caches = [each.items.get("kv_cache", 0) for each in getattr(plan, "ranks", ())]
+    if not room or not ranks.streams:
         return
 
     def job(link: Link) -> None:
-        device, own = ranks.devices[link.rank], items[link.rank]
+        device = ranks.devices[link.rank]
         _warm(device, dtype)
-        _take(device, own.get("activations", 0) + own.get("logits", 0))
+        take(device, room[link.rank])
         with keeping(device):
-            _take(device, own.get("kv_cache", 0))
+            take(device, caches[link.rank])
 
     try:
         ranks.run(job)
     except torch.OutOfMemoryError as error:
-        counted = [sum(each.get(item, 0) for item in ("activations", "logits", "kv_cache")) for each in items]
         sizes = ", ".join(
-            f"rank {rank} ({device}): {count / _MIB:.0f} MiB"
-            for rank, (device, count) in enumerate(zip(ranks.devices, counted, strict=True))
+            f"rank {rank} ({device}): {(passed + cached) / _MIB:.0f} MiB"
+            for rank, (device, passed, cached) in enumerate(zip(ranks.devices, room, caches, strict=True))
         )
         message = (
             f"a device has less memory left than the plan counts for cache and activations ({sizes}); free "
@@ -60,8 +77,3 @@ def _warm(device: torch.device, dtype: torch.dtype) -> None:
     small = torch.zeros(_SMALL, _SMALL, dtype=dtype, device=device)
     nn.functional.linear(small, small)
     nn.functional.linear(small, small, small[0])
-
-
-def _take(device: torch.device, size: int) -> None:
-    if size:
-        torch.empty(size, dtype=torch.uint8, device=device)

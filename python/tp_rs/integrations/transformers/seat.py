@@ -13,6 +13,7 @@ from tp_rs.integrations.transformers.products import one_row_products
 from tp_rs.integrations.transformers.static_attention import OWN
 from tp_rs.integrations.transformers.static_cache import StaticCache
 from tp_rs.integrations.transformers.static_step import Shape, StaticStep
+from tp_rs.integrations.transformers.streams import keeping
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -107,7 +108,8 @@ class Seat:
             rows = torch.arange(shape.batch, device=logits.device)
             last = logits[rows, rows if self.keeps else count - 1]
         if shape.batch not in self.logits:
-            self.logits[shape.batch] = torch.empty(last.shape, dtype=torch.float32, device=last.device)
+            with keeping(self.device):
+                self.logits[shape.batch] = torch.empty(last.shape, dtype=torch.float32, device=last.device)
         self.logits[shape.batch].copy_(last)
 
     def _mask_dtype(self) -> torch.dtype:
