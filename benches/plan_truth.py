@@ -5,9 +5,11 @@
 Models have few layers, the proportions of real ones and weights of zeros: what lies in memory does not
 depend on the values. `--full` adds two with all their layers. Each shape has a process of its own, as what
 the driver keeps for kernels grows from model to model. Each case loads one over its ranks, fills the context
-with a prompt in chunks and some decoded tokens, and compares the plan's bytes of all ranks with the most that
-torch's tensors took and what the process took on the device besides (context, kernels, the communicator).
-Then it does so once more with torch's allocator held to the plan's bytes, and must not run out of memory.
+with a prompt in chunks and some decoded tokens, once with recorded steps and once without, and compares the
+plan's bytes of all ranks with the most that torch's tensors took and what the process took on the device
+besides (context, kernels, the communicator). The blocks that `load` has torch take ahead are no such tensors.
+Then it does so twice more with torch's allocator held to the plan's bytes, with recorded steps and without,
+and must not run out of memory. Whether there was room to record the steps is said, too.
 Needs one GPU with 70 GB free, torch, transformers and accelerate.
 """
 
@@ -130,14 +132,19 @@ class Found:
     planned: int = 0
     items: dict[str, int] = field(default_factory=dict)
     tensors: int = 0
-    """Most that tensors took."""
+    """Most that tensors took without recorded steps."""
     kept: int = 0
-    """Most that torch's allocator had taken from the driver, with what it keeps for later."""
+    """Most that torch's allocator had taken from the driver with recorded steps, free blocks counted."""
     loaded: int = 0
     """What tensors took after loading."""
     beside: int = 0
     """On the device, not through the allocator."""
     limited: str = ""
+    """Whether it ran within the plan's bytes."""
+    steps: str = ""
+    """Which steps could be recorded within them."""
+    eager: str = ""
+    """Whether it ran within them without recorded steps."""
 
     @property
     def taken(self) -> int:
@@ -243,10 +250,11 @@ def measure(case: Case) -> Found:
     generate(front, case)
     generate(front, case)
     found.beside = beside()
-    found.tensors = torch.cuda.max_memory_allocated(DEVICE)
     found.kept = torch.cuda.max_memory_reserved(DEVICE)
     front.unload()
     del front
+    found.tensors, later = eager(case, model, plan)
+    found.beside = max(found.beside, later)
     clear()
     # The context grows from case to case, which no plan is for.
     torchs = FIRST_RANK_BYTES + (case.ranks - 1) * FURTHER_RANK_BYTES
@@ -254,15 +262,44 @@ def measure(case: Case) -> Found:
     allowed = found.planned - min(found.beside, besides)
     torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.mem_get_info(DEVICE)[1], DEVICE)
     try:
-        front = load(model, plan=plan, check=False)
-        generate(front, case)
-        front.unload()
-        found.limited = "ran"
-    except (torch.OutOfMemoryError, tp_rs.DoesNotFit) as error:
-        found.limited = f"FAILED: {str(error)[:200]}"
+        found.limited, found.steps = limited(case, model, plan)
+        found.eager, _ = limited(case, model, plan, capture=False)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
     return found
+
+
+def eager(case: Case, model: Any, plan: Any) -> tuple[int, int]:
+    """The most bytes that tensors take in a generation without recorded steps, and those beside them."""
+    clear()
+    front = load(model, plan=plan, check=False, capture=False)
+    # The blocks that are taken ahead count as tensors while they are taken.
+    generate(front, case)
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    generate(front, case)
+    found = torch.cuda.max_memory_allocated(DEVICE), beside()
+    front.unload()
+    return found
+
+
+def limited(case: Case, model: Any, plan: Any, *, capture: bool | None = None) -> tuple[str, str]:
+    """Whether a case runs with the memory that there is, and which of its steps are recorded."""
+    clear()
+    front, steps = None, "none"
+    try:
+        front = load(model, plan=plan, check=False, capture=capture)
+        generate(front, case)
+        captured = front.tp_rs_runner.capture.ready(1, 1)
+        if captured is not None:
+            without = {True: "decoding", False: "prompts"}
+            steps = "all" + "".join(f" but {without[each]}" for each in sorted(captured.failures))
+    except (torch.OutOfMemoryError, tp_rs.DoesNotFit) as error:
+        return f"FAILED: {str(error)[:200]}", steps
+    finally:
+        # Else its workspace of matrix products would still be there in the next case.
+        if front is not None:
+            front.unload()
+    return "ran", steps
 
 
 def row(found: Found) -> str:
@@ -283,7 +320,7 @@ def row(found: Found) -> str:
         f"activations {activations / MIB:6.1f} {measured / MIB:6.1f}",
         f"beside {found.beside / MIB:5.1f}",
         f"kept for later {(found.kept - found.tensors) / MIB:6.1f}",
-        f"within the plan: {found.limited}",
+        f"within the plan: {found.limited}, {found.steps} recorded; without steps: {found.eager}",
     ]
     return "  ".join(cells)
 
@@ -341,7 +378,7 @@ def main() -> None:
     print(  # noqa: T201
         f"{found[0].device}; MiB; plan over what was taken: {min(ratios):.3f} to {max(ratios):.3f}"
     )
-    if min(ratios) < 1 or any(each.limited != "ran" for each in found):
+    if min(ratios) < 1 or any({each.limited, each.eager} != {"ran"} for each in found):
         sys.exit("a plan was too small")
 
 
