@@ -1,4 +1,7 @@
-"""A plan that fits is enough: with no more memory than it counts, the whole of its context can be used."""
+"""A plan that fits is enough: with no more memory than it counts, the whole of its context can be used.
+
+With recorded steps and without, and when a model is loaded again.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from models_common import DEVICE, limited, made, settled, within  # noqa: E402  they may be missing
+from models_common import (  # noqa: E402  they may be missing
+    DEVICE,
+    assert_captured,
+    limited,
+    made,
+    settled,
+    within,
+)
 
 import tp_rs  # noqa: E402
 
@@ -31,6 +41,11 @@ def saved(folder: Any, architecture: str) -> Any:
     }
     if architecture == "gemma3_text":
         sizes["sliding_window"] = 512
+    # Rows that are larger than their gate and up, and the other way round with weights in float32.
+    if architecture == "qwen3_moe":
+        sizes |= {"moe_intermediate_size": 384, "num_experts": 16, "num_experts_per_tok": 8}
+    if architecture == "mixtral":
+        sizes |= {"intermediate_size": 768, "num_local_experts": 8, "num_experts_per_tok": 4}
     model = made(architecture, **sizes).to(torch.bfloat16)
     model.save_pretrained(folder)
     return model
@@ -45,6 +60,10 @@ def saved(folder: Any, architecture: str) -> Any:
         ("gemma3_text", 1, "together"),
         ("qwen3", 3, "together"),
         ("qwen3", 3, "spread"),
+        ("qwen3_moe", 1, "together"),
+        ("qwen3_moe", 2, "together"),
+        ("mixtral", 1, "together"),
+        ("mixtral", 4, "together"),
     ],
     indirect=["place"],
 )
@@ -64,9 +83,15 @@ def test_the_largest_context_can_be_used_within_the_plan(tmp_path, architecture,
     assert 600 < plan.context < 32768, plan
     settled(place)
     with limited(within(plan)):
-        front = tp_rs.load(tmp_path, plan=plan)
+        for capture in (None, False, None):
+            fill(tp_rs.load(tmp_path, plan=plan, capture=capture), capture=capture)
+
+
+def fill(front, *, capture):
+    """Use all of the context, and unload the model."""
+    try:
         for rows in (2, 1):
-            ids = torch.randint(3, 4000, (rows, plan.context - NEW), device=DEVICE)
+            ids = torch.randint(3, 4000, (rows, front.context_limit - NEW), device=DEVICE)
             mask = torch.ones_like(ids)
             mask[0, :5] = 0
             got = front.generate(
@@ -77,9 +102,12 @@ def test_the_largest_context_can_be_used_within_the_plan(tmp_path, architecture,
                 do_sample=False,
                 pad_token_id=0,
             )
-            assert got.shape == (rows, plan.context)
+            assert got.shape == (rows, front.context_limit)
         with pytest.raises(tp_rs.InvalidInput, match="the model was loaded for"):
             front.generate(input_ids=ids, max_new_tokens=NEW + 1, pad_token_id=0)
+        if capture is not False:
+            assert_captured(front)
+    finally:
         front.unload()
 
 
