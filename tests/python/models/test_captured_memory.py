@@ -7,6 +7,7 @@ import pytest
 import torch
 from architectures import small
 
+from tp_rs.errors import DoesNotFit
 from tp_rs.integrations.transformers import Splits, load
 from tp_rs.integrations.transformers import front as front_module
 from tp_rs.integrations.transformers.static_step import StaticStep
@@ -48,7 +49,14 @@ def test_a_step_that_is_over_holds_no_masks(front, monkeypatch):
 
 def test_memory_that_steps_gave_back_is_taken_again(front, monkeypatch):
     taken = []
-    monkeypatch.setattr(front_module, "reserve", lambda *_: taken.append(1))
+
+    def reserve(*_):
+        taken.append(1)
+        if len(taken) > 1:
+            # As where somebody holds the cache that the plan counts.
+            raise DoesNotFit("full")
+
+    monkeypatch.setattr(front_module, "reserve", reserve)
     runner = front.tp_rs_runner
     ids = torch.randint(3, 90, (1, 5))
     monkeypatch.setattr(runner.capture, "make_way", lambda: True)

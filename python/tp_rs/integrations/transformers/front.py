@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils.generic import ModelOutput
 
-from tp_rs.errors import InvalidInput, TPError
+from tp_rs.errors import DoesNotFit, InvalidInput, TPError
 from tp_rs.integrations.transformers.cache import RankedCache
 from tp_rs.integrations.transformers.capture import Capture
 from tp_rs.integrations.transformers.captured_cache import CapturedCache
@@ -81,7 +81,7 @@ class _Runner:
         self._chunks: Chunks | None = None
         self.reserves = True
         """Whether the plan's memory is taken at once."""
-        self._reserved = False
+        self._reserved = self._gave_way = False
         self._caches: weakref.WeakSet[RankedCache] = weakref.WeakSet()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Runner:
@@ -100,7 +100,7 @@ class _Runner:
         if isinstance(held, CapturedCache):
             return self._run_captured(held, args, kwargs)
         if self.capture.make_way():
-            self._reserved = False
+            self._gave_way = True
         spread = {name: self.spread(kwargs[name]) for name in _CACHES if isinstance(kwargs.get(name), Cache)}
         if self._chunks is None:
             model = self.models[self.lead]
@@ -122,9 +122,11 @@ class _Runner:
         # write into it, so each rank needs its own.
         states = {name: value for name, value in kwargs.items() if name in _STATES and name not in caches}
         others = {name: value for name, value in kwargs.items() if name not in _STATES}
-        if self.reserves and not self._reserved:
-            reserve(ranks, self.plan, self.dtype)
-            self._reserved = True
+        if self.reserves and (self._gave_way or not self._reserved):
+            # Later on, a cache that somebody holds may be the one that is counted.
+            with suppress(DoesNotFit) if self._reserved else nullcontext():
+                reserve(ranks, self.plan, self.dtype)
+            self._reserved, self._gave_way = True, False
         placed = ranks.placed((args, others))
 
         def job(link: Link) -> Any:
@@ -149,7 +151,7 @@ class _Runner:
             if full is not None:
                 # Not before the error is gone: its traceback holds the memory that is needed now.
                 self.capture.refuse(full)
-                self._reserved = False
+                self._gave_way = True
             cache.eager = self.spread(DynamicCache(config=self.models[self.lead].config))
         result = self.run(args, {**kwargs, "past_key_values": cache.eager})
         cache.columns = int(cache.eager.get_seq_length())
