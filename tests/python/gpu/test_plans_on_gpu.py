@@ -83,7 +83,7 @@ def test_the_largest_context_can_be_used_within_the_plan(tmp_path, architecture,
     assert 600 < plan.context < 32768, plan
     settled(place)
     with limited(within(plan)):
-        for capture in (None, False, None):
+        for capture in (None, False):
             fill(tp_rs.load(tmp_path, plan=plan, capture=capture), (2, 1), capture=capture)
 
 
@@ -97,7 +97,7 @@ def test_experts_find_room_for_a_long_chunk_within_the_plan(tmp_path, architectu
     )
     settled()
     with limited(within(plan)):
-        for capture in (None, False, None):
+        for capture in (None, False):
             fill(tp_rs.load(tmp_path, plan=plan, capture=capture), (4,), capture=capture)
 
 
