@@ -3,13 +3,15 @@
     python benches/plan_truth.py [--json FILE] [--only NAME] [--quick] [--full]
 
 Models have few layers, the proportions of real ones and weights of zeros: what lies in memory does not
-depend on the values. `--full` adds two with all their layers. Each shape has a process of its own, as what
-the driver keeps for kernels grows from model to model. Each case loads one over its ranks, fills the context
-with a prompt in chunks and some decoded tokens, once with recorded steps and once without, and compares the
-plan's bytes of all ranks with the most that torch's tensors took and what the process took on the device
-besides (context, kernels, the communicator). The blocks that `load` has torch take ahead are no such tensors.
-Then it does so twice more with torch's allocator held to the plan's bytes, with recorded steps and without,
-and must not run out of memory. Whether there was room to record the steps is said, too.
+depend on the values. `--full` adds two with all their layers. Each shape has a process of its own, and with
+all layers another one, as what the driver keeps for kernels grows from model to model.
+
+Each case loads one over its ranks, fills the context with a prompt in chunks and some decoded tokens, once
+with recorded steps and once without, and compares the plan's bytes of all ranks with the most that torch's
+tensors took and what the process took on the device besides (context, kernels, the communicator). The blocks
+that `load` has torch take ahead are no such tensors. Then it does so twice more with torch's allocator held
+to the plan's bytes, with recorded steps and without, and must not run out of memory. Whether there was room
+to record the steps is said, too.
 Needs one GPU with 70 GB free, torch, transformers and accelerate.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
+import itertools
 import json
 import multiprocessing
 import sys
@@ -355,9 +358,11 @@ def main() -> None:
     spawned = multiprocessing.get_context("spawn")
     found: list[Found] = []
     failed = False
-    for name in SHAPES:
-        chosen = [case for case in cases(quick=options.quick, full=options.full) if case.name == name]
-        if options.only not in (None, name):
+    every = cases(quick=options.quick, full=options.full)
+    every = [case for case in every if options.only in {None, case.name}]
+    for name, full in itertools.product(SHAPES, (False, True)):
+        chosen = [case for case in every if (case.name, case.full) == (name, full)]
+        if not chosen:
             continue
         results = spawned.SimpleQueue()
         process = spawned.Process(target=measure_all, args=(chosen, results))
