@@ -4,7 +4,7 @@
 #
 #   tests/run_on_gpu.sh [folder for logs, JSON and pictures]
 #
-# Wants the package installed (or on PYTHONPATH) beside torch and pytest. By default it takes some 15 minutes.
+# Wants the package installed (or on PYTHONPATH) beside torch and pytest. By default it takes some 20 minutes.
 #   STEPS          which of: tests models expandable async soak memcheck racecheck bench truth loading tune steps
 #                  architectures; all but the sanitizer's, loading, tune and architectures if not said
 #   SOAK_SECONDS   length of the random test (45)
@@ -64,7 +64,7 @@ mapfile -t devices < <(for ((i = 0; i < gpus; i++)); do echo "cuda:$i"; done)
 models=(tests/python/gpu/test_{models,plans,captured,products,uneven}_on_gpu.py)
 wants tests && step tests 360 "${pytest[@]}" -rf --durations=10 "${models[@]/#/--ignore=}" tests/python/gpu
 # With several GPUs most of them run twice.
-wants models && step models $((gpus > 1 ? 600 : 420)) "${pytest[@]}" -rf --durations=10 "${models[@]}"
+wants models && step models $((gpus > 1 ? 900 : 600)) "${pytest[@]}" -rf --durations=10 "${models[@]}"
 wants expandable && with_allocator expandable expandable_segments:True
 wants async && with_allocator async backend:cudaMallocAsync
 soak=${SOAK_SECONDS:-45}
@@ -81,7 +81,7 @@ if wants bench; then
   bench=${BENCH_SECONDS:-150}
   LINES_SHOWN=200 step bench $((bench + 120)) "$python" -m benches.gpus --out "$out" --seconds "$bench" "${launch[@]}"
 fi
-wants truth && LINES_SHOWN=40 step truth 420 "$python" benches/plan_truth.py --quick --full --json "$out/truth.json"
+wants truth && LINES_SHOWN=40 step truth 600 "$python" benches/plan_truth.py --quick --full --json "$out/truth.json"
 wants loading && LINES_SHOWN=12 step loading 240 "$python" benches/load_speed.py --json "$out/loading.json"
 wants tune && LINES_SHOWN=60 step tune 300 "$python" -m benches.gpus.tune --out "$out"
 # For docs/architectures.md: tests/python/models/table.py --gpu takes its file.
