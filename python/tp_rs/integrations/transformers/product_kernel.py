@@ -78,7 +78,8 @@ def _tile(weight: torch.Tensor, programs: int) -> tuple[int, int]:
     rows, columns = weight.shape
     size = weight.element_size()
     widest = min(_WIDEST_BYTES // size, triton.next_power_of_2(columns))
-    # A row of half the width first: two of them are in flight for each input that is read.
+    # Rows of half the width, so that several use the inputs that are read; fewer and wider ones where there
+    # would not be enough programs.
     tile = max(1, min(_MOST_ROWS, _BYTES // size // min(widest, _WIDEST_BYTES // size // 2)))
     while tile > 1 and rows < _PROGRAMS * programs * tile:
         tile //= 2

@@ -93,7 +93,7 @@ def _apart(module: nn.Linear, link: Link) -> _Forward:
     return run
 
 
-def _forward(module: Any) -> _Forward:
+def _own_forward(module: Any) -> _Forward:
     """A module's forward, which another one is about to take the place of."""
     if type(module) is nn.Linear and "forward" not in module.__dict__:
         return functools.partial(multiply, module)
@@ -106,7 +106,7 @@ def _row_parallel(place: _Place) -> _Forward:
     if not isinstance(module, (nn.Linear, Conv1D)):
         message = f"{collective.module}: got {type(module).__name__}, wanted a linear layer"
         raise ModelError(message)
-    forward = _forward(module)
+    forward = _own_forward(module)
     if isinstance(module, Conv1D):
         # Its own adds the bias before the sum, and fails on no columns.
         forward = functools.partial(_product, module.weight)
@@ -133,13 +133,13 @@ def _product(weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
 
 def _gather(place: _Place) -> _Forward:
     module, link = place.module, place.link
-    forward, split = _forward(module), side_by_side(place.collective.ranks)
+    forward, split = _own_forward(module), side_by_side(place.collective.ranks)
     return lambda hidden: link.all_gather(forward(hidden), split)
 
 
 def _logits(place: _Place) -> _Forward:
     module, collective, link = place.module, place.collective, place.link
-    forward, split = _forward(module), side_by_side(collective.ranks)
+    forward, split = _own_forward(module), side_by_side(collective.ranks)
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
         own = forward(hidden)
