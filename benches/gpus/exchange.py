@@ -25,9 +25,7 @@ class Exchange:
         self.parts = list(parts)
         self.sent = [torch.empty_like(part, device="cpu").pin_memory() for part in parts]
         # What a rank gets is the next one's.
-        self.waiting = [
-            source.to("cpu", parts[0].dtype).pin_memory() for source in [*sources[1:], *sources[:1]]
-        ]
+        self.waiting = [source.cpu().pin_memory() for source in [*sources[1:], *sources[:1]]]
         self.got = [torch.empty_like(part) for part in parts]
         self.streams: list[tuple[Any, Any]] = [
             (torch.cuda.Stream(part.device), torch.cuda.Stream(part.device)) if part.is_cuda else (None, None)

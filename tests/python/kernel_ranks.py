@@ -33,8 +33,8 @@ from kernels_on_cpu import (
 )
 from tensors import summed
 
-# Beside a rank that the scheduler gives 16 times as many turns, an operation of copy engines took some
-# 50 million pauses.
+# Beside a rank that the scheduler gives 16 times as many turns, an operation of copy engines took between 30
+# and 60 million pauses.
 PATIENCE = 250_000_000
 LETTERS_AT = 768
 LETTER_BYTES = 64
