@@ -96,7 +96,7 @@ struct Member {
     u64 output;
     u64 output_stride;
     u32 role;
-    u32 unused;
+    u32 index;  // the rank's number
 };
 
 // A peer of the running operation.
@@ -132,6 +132,8 @@ struct Call {
     u64 columns;    // of the whole
     u32 signature;  // of what all ranks have to agree on
     u32 targets;    // a bit for each rank that may get anything
+    u32 ranks;      // of the communicator
+    u32 widest;     // the most columns that one rank gives or gets
     // Columns that each rank gives to the whole, or gets of it, and where in its own part they begin.
     u32 begin[MOST_RANKS];
     u32 end[MOST_RANKS];
@@ -150,6 +152,11 @@ struct Call {
     __device__ __forceinline__ bool gets() const { return (role() & GETS) != 0; }
     __device__ __forceinline__ u32 width(u32 peer) const {
         return end[peer] > begin[peer] ? end[peer] - begin[peer] : 0;
+    }
+    // The rank that comes so many after this one, of the ring of all. For what begins before the record has come.
+    __device__ __forceinline__ u32 after(u32 hop) const {
+        const u32 peer = me().index + hop;
+        return peer < ranks ? peer : peer - ranks;
     }
     __device__ __forceinline__ View input(u64 wide) const {
         return View{me().input, rows, wide, me().input_stride};

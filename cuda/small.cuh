@@ -80,12 +80,14 @@ struct Company {
 
 // Lets the first block wait for letters, and says whether this warp goes on. Of `far` peers first, to pass them on: all
 // blocks would look at host memory one after the other. Of the others last, by ranks that might get nothing from them:
-// a rank must not be two operations ahead of a peer. Called by all threads.
-__device__ __forceinline__ bool greet(const Call &call, bool far) {
+// a rank must not be two operations ahead of a peer. `known`: a bit for each rank whose letter this warp has seen, which
+// is not looked at again. Called by all threads.
+__device__ __forceinline__ bool greet(const Call &call, bool far, u32 known) {
     const Rank *rank = call.rank();
     bool alive = rank->broken == 0;
     const u32 peer = threadIdx.x;
-    if (alive && blockIdx.x == 0 && peer < rank->ranks && peer != rank->rank && far == ((rank->reached >> peer & 1) == 0)) {
+    const bool wanted = blockIdx.x == 0 && peer < rank->ranks && peer != rank->rank && (known >> peer & 1) == 0;
+    if (alive && wanted && far == ((rank->reached >> peer & 1) == 0)) {
         uint4 letter;
         alive = read_letter(call, peer, &letter, false);
     }
@@ -111,10 +113,7 @@ template <class T, u32 HELD> struct Sums {
 
 // The most pieces that go from one rank to another, where columns are divided.
 template <class T> __device__ __forceinline__ u32 most_pieces(const Call &call) {
-    u32 widest = 0;
-#pragma unroll 1
-    for (u32 peer = 0; peer < call.rank()->ranks; ++peer) widest = max(widest, call.width(peer));
-    return Pieces<T>(View{0, call.rows, widest, widest}).count();
+    return Pieces<T>(View{0, call.rows, call.widest, call.widest}).count();
 }
 
 template <class T, u32 HELD>
@@ -134,11 +133,11 @@ __device__ __forceinline__ void all_reduce_pushed(const Call &call, const Pieces
 #pragma unroll 1
         for (u32 hop = 1; hop < rank->ranks; ++hop) {
             // Every rank begins with another peer, so that none is flooded.
-            Inbox *inbox = rank->out[(rank->rank + hop) % rank->ranks];
+            Inbox *inbox = rank->out[call.after(hop)];
             own.push(pushed(call, inbox), index, tensor.count(), (u32)call.sequence());
         }
     }
-    bool alive = greet(call, true);
+    bool alive = greet(call, true, 0);
     Company company(call);
 #pragma unroll 1
     for (u32 index = first_piece(); alive && index - lane() < tensor.count(); index += Held::step()) {
@@ -174,33 +173,40 @@ template <class T> __device__ __forceinline__ void all_reduce_small(const Call &
 template <class T, u32 HELD> __device__ __forceinline__ void reduce_scatter_pushed(const Call &call) {
     typedef Batch<T, HELD> Held;
     constexpr u32 size = sizeof(typename T::Bits);
-    const Count count(call);
-    const Rank *rank = call.rank();
-    announce<false>(call);
     const auto columns_of = [&](u32 peer) {
         return Pieces<T>(View{call.me().input + (u64)call.begin[peer] * size, call.rows, call.width(peer), call.me().input_stride});
     };
+    const Pieces<T> own = columns_of(call.me().index);
+    // On their way while the record is: what the next rank gets, and what this one does.
+    Held first = {}, first_own = {};
+    if (call.gives()) {
+        first.load(columns_of(call.after(1)), first_piece());
+        first_own.load(own, first_piece());
+    }
+    begin(call);
+    const Count count(call);
+    const Rank *rank = call.rank();
+    announce<false>(call);
 #pragma unroll 1
     for (u32 hop = 1; call.gives() && hop < rank->ranks; ++hop) {
-        const u32 peer = (rank->rank + hop) % rank->ranks;
+        const u32 peer = call.after(hop);
         const Pieces<T> theirs = columns_of(peer);
 #pragma unroll 1
         for (u32 index = first_piece(); index < theirs.count(); index += Held::step()) {
-            Held pieces;
-            pieces.load(theirs, index);
+            Held pieces = first;
+            if (hop != 1 || index != first_piece()) pieces.load(theirs, index);
             pieces.push(pushed(call, rank->out[peer]), index, theirs.count(), (u32)call.sequence());
         }
     }
-    bool alive = greet(call, true);
+    bool alive = greet(call, true, 0);
     Company company(call);
-    const Pieces<T> own = columns_of(rank->rank);
     const Pieces<T> target(call.output(call.width(rank->rank)));
 #pragma unroll 1
     for (u32 index = first_piece(); alive && call.gets() && index - lane() < target.count(); index += Held::step()) {
         Sums<T, HELD> sums;
-        Held mine = {};
+        Held mine = first_own;
         // On its way while the others' is waited for.
-        if (call.gives()) mine.load(own, index);
+        if (call.gives() && index != first_piece()) mine.load(own, index);
 #pragma unroll 1
         for (u32 peer = 0; peer < rank->ranks; ++peer) {
             Held part = mine;
@@ -217,12 +223,11 @@ template <class T, u32 HELD> __device__ __forceinline__ void reduce_scatter_push
         sums.round(result);
         result.store(target, index);
     }
-    if (alive) greet(call, false);
+    if (alive) greet(call, false, company.known);
     count.end(call);
 }
 
 template <class T> __device__ __forceinline__ void reduce_scatter_small(const Call &call) {
-    begin(call);
     if (AT_ONCE<T> == 1 || most_pieces<T>(call) <= next_piece()) return reduce_scatter_pushed<T, 1>(call);
     reduce_scatter_pushed<T, AT_ONCE<T>>(call);
 }
@@ -230,33 +235,37 @@ template <class T> __device__ __forceinline__ void reduce_scatter_small(const Ca
 // Broadcast, gather to a rank, all_gather: who gives pushes its columns, in bytes, to all who may get them.
 template <u32 HELD> __device__ __forceinline__ void move_pushed(const Call &call) {
     typedef Batch<Byte, HELD> Held;
+    const u32 me = call.me().index;
+    const Pieces<Byte> own(View{call.me().input + call.skip[me], call.rows, call.width(me), call.me().input_stride});
+    // On their way while the record is.
+    Held first = {};
+    if (call.gives()) first.load(own, first_piece());
+    begin(call);
     const Count count(call);
     const Rank *rank = call.rank();
-    const u32 me = rank->rank;
     announce<false>(call);
     const auto place_of = [&](u32 peer) {
         return Pieces<Byte>(View{call.me().output + call.begin[peer], call.rows, call.width(peer), call.me().output_stride});
     };
-    const Pieces<Byte> own(View{call.me().input + call.skip[me], call.rows, call.width(me), call.me().input_stride});
     const Pieces<Byte> here = place_of(me);
     const bool stays = call.gets() && here.data != own.data;
 #pragma unroll 1
     for (u32 index = first_piece(); call.gives() && index < own.count(); index += Held::step()) {
-        Held pieces;
-        pieces.load(own, index);
+        Held pieces = first;
+        if (index != first_piece()) pieces.load(own, index);
 #pragma unroll 1
         for (u32 hop = 1; hop < rank->ranks; ++hop) {
-            const u32 peer = (me + hop) % rank->ranks;
+            const u32 peer = call.after(hop);
             if ((call.targets >> peer & 1) == 0) continue;
             pieces.push(pushed(call, rank->out[peer]), index, own.count(), (u32)call.sequence());
         }
         if (stays) pieces.store(here, index);
     }
-    bool alive = greet(call, true);
+    bool alive = greet(call, true, 0);
     Company company(call);
 #pragma unroll 1
     for (u32 hop = 1; alive && call.gets() && hop < rank->ranks; ++hop) {
-        const u32 peer = (me + hop) % rank->ranks;
+        const u32 peer = call.after(hop);
         const Pieces<Byte> place = place_of(peer);
 #pragma unroll 1
         for (u32 index = first_piece(); alive && index - lane() < place.count(); index += Held::step()) {
@@ -268,12 +277,11 @@ template <u32 HELD> __device__ __forceinline__ void move_pushed(const Call &call
             pieces.store(place, index);
         }
     }
-    if (alive) greet(call, false);
+    if (alive) greet(call, false, company.known);
     count.end(call);
 }
 
 __device__ __forceinline__ void move_small(const Call &call) {
-    begin(call);
     if (most_pieces<Byte>(call) <= next_piece()) return move_pushed<1>(call);
     move_pushed<MOVED_AT_ONCE>(call);
 }

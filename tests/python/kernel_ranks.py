@@ -219,7 +219,7 @@ class Ranks:
     ) -> None:
         """Queue an operation: a kernel for each group of ranks that share a launch."""
         present = [tensor for tensor in (*gives, *gets) if tensor is not None]
-        base = Call(timeout=self.timeout, targets=targets)
+        base = Call(timeout=self.timeout, targets=targets, ranks=self.count)
         size = present[0].expected.element_size() if present else 1
         unit = size if bytewise else 1
         if present:
@@ -234,6 +234,7 @@ class Ranks:
                     end * unit,
                     (begin - start) * unit,
                 )
+            base.widest = max((end - begin for begin, end in zip(base.begin, base.end, strict=True)), default=0)
             told = (kernel, base.rows, base.columns, list(base.begin), list(base.end), list(base.skip), agree)
             base.signature = zlib.crc32(repr(told).encode())
         blocks, threads = min(random.choice([1, 1, 2, 3, 5]), self.most_blocks), random.choice([32, 32, 64])
@@ -245,7 +246,7 @@ class Ranks:
             call = Call.from_buffer_copy(base)
             brings = False
             for member, rank in zip(call.members, ranks, strict=False):
-                member.rank = self.rooms[rank].address
+                member.rank, member.index = self.rooms[rank].address, rank
                 own = [tensor for tensor in (gives[rank], gets[rank]) if tensor is not None]
                 if (source := gives[rank]) is not None:
                     member.input, member.input_stride = source.address, source.step * unit

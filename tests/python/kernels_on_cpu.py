@@ -64,7 +64,7 @@ class Member(ctypes.Structure):
         ("output", c_uint64),
         ("output_stride", c_uint64),
         ("role", c_uint32),
-        ("unused", c_uint32),
+        ("index", c_uint32),
     ]
 
 
@@ -75,6 +75,8 @@ class Call(ctypes.Structure):
         ("columns", c_uint64),
         ("signature", c_uint32),
         ("targets", c_uint32),
+        ("ranks", c_uint32),
+        ("widest", c_uint32),
         ("begin", c_uint32 * MOST_RANKS),
         ("end", c_uint32 * MOST_RANKS),
         ("skip", c_uint32 * MOST_RANKS),

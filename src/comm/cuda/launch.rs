@@ -133,7 +133,8 @@ impl Cuda {
         let present = || pairs.iter().flat_map(|pair| [pair.gives(), pair.gets()]).flatten();
         let Some(first) = present().next() else { return Ok(self.nothing()) };
         let (rows, size) = (first.rows, first.dtype.size());
-        let mut call = Call { rows: rows as u64, targets: u32::MAX, ..Call::default() };
+        let ranks = u32::try_from(self.ranks()).unwrap_or(u32::MAX);
+        let mut call = Call { rows: rows as u64, targets: u32::MAX, ranks, ..Call::default() };
         if let Operation::Gather { root, .. } = operation {
             call.targets = 1_u32.checked_shl(u32::try_from(*root).unwrap_or(u32::MAX)).unwrap_or(0);
         }
@@ -153,6 +154,8 @@ impl Cuda {
             }
             Operation::Barrier | Operation::AllReduce | Operation::AddResidual { .. } => {}
         }
+        let widths = call.begin.iter().zip(call.end).map(|(begin, end)| end.saturating_sub(*begin));
+        call.widest = widths.max().unwrap_or(0);
         call.signature = signature(operation, first.dtype, call.rows, call.columns, &call);
         let bytes = rows.saturating_mul(columns).saturating_mul(size);
         // A piece has one element of 8 bytes where elements are added up.
@@ -207,8 +210,9 @@ impl Cuda {
     }
 
     fn member(&self, rank: usize, pair: &Pair, unit: usize, careful: bool) -> Result<Member> {
+        let index = u32::try_from(rank).unwrap_or(u32::MAX);
         let mut member =
-            Member { rank: self.rooms.records.get(rank).copied().unwrap_or(0), ..Member::default() };
+            Member { rank: self.rooms.records.get(rank).copied().unwrap_or(0), index, ..Member::default() };
         let stride = |tensor: &Tensor| -> u64 {
             let elements = if tensor.rows == 1 { tensor.columns } else { tensor.row_stride };
             // Tensors were checked: no product of their sizes overflows.

@@ -64,7 +64,7 @@ pub(super) struct Member {
     pub(super) output: u64,
     pub(super) output_stride: u64,
     pub(super) role: u32,
-    pub(super) unused: u32,
+    pub(super) index: u32,
 }
 
 /// The parameter of every operation's kernel.
@@ -76,6 +76,8 @@ pub(super) struct Call {
     pub(super) columns: u64,
     pub(super) signature: u32,
     pub(super) targets: u32,
+    pub(super) ranks: u32,
+    pub(super) widest: u32,
     pub(super) begin: [u32; MOST_RANKS],
     pub(super) end: [u32; MOST_RANKS],
     pub(super) skip: [u32; MOST_RANKS],

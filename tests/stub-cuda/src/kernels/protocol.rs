@@ -10,6 +10,7 @@ use crate::layout::{
     Call, DISAGREED, GETS, GIVES, INBOX_BYTES, LETTER_BYTES, Member, PLAIN, Rank, STOP_AT, Status, TIMED_OUT,
     TOLD_BY_PEER,
 };
+use crate::report::violation;
 
 const TOLD_BY_HOST: u32 = 4;
 // Inside of an inbox: letters of even and odd operations, the flag of the end, the stop word, then a flag of a line for
@@ -88,6 +89,14 @@ impl<'a> Seat<'a> {
         eye.read(me.rank, &mut bytes, 8)?;
         // SAFETY: a structure of numbers, read from as many bytes.
         let rank = unsafe { bytes.as_ptr().cast::<Rank>().read_unaligned() };
+        // Kernels begin with these, before the record has come.
+        let told = (me.index, call.ranks);
+        if me.role & (GIVES | GETS) != 0 && told != (rank.index, rank.ranks) {
+            violation(format!(
+                "a launch says rank and ranks are {told:?}, its record {} and {}",
+                rank.index, rank.ranks
+            ));
+        }
         Ok(Self { eye, call, me, rank, blocks })
     }
 
