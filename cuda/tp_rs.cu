@@ -46,22 +46,29 @@ template <class T> __device__ __forceinline__ void reduce_scatter(const Call &ca
     });
 }
 
+// Those that begin with a wait for the kernel before are launched so that they need one (src/comm/cuda/text.rs). None lets
+// the next one start early: its blocks could take the place of those that this one's peers wait for.
 #define SUMS(name, T)                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce_small_##name(const __grid_constant__ Call call) { \
+        wait_for_kernel_before();                                                                                   \
         if (!call.gives() && !call.gets()) return only_come(call);                                                  \
         all_reduce_small<T>(call);                                                                                  \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce_large_##name(const __grid_constant__ Call call) { \
+        wait_for_kernel_before();                                                                                   \
         all_reduce_large<T>(call);                                                                                  \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) reduce_scatter_small_##name(const __grid_constant__ Call call) { \
+        wait_for_kernel_before();                                                                                   \
         if (!call.gives() && !call.gets()) return only_come(call);                                                  \
         reduce_scatter_small<T>(call);                                                                              \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) reduce_scatter_##name(const __grid_constant__ Call call) { \
+        wait_for_kernel_before();                                                                                   \
         reduce_scatter<T>(call);                                                                                    \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) add_residual_##name(const __grid_constant__ Call call) { \
+        wait_for_kernel_before();                                                                                   \
         add_residual<T>(call);                                                                                      \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                        \
@@ -79,6 +86,7 @@ SUMS(f8e5m2, E5M2)
 // Broadcast, gather to a rank, all_gather: everyone who gets anything takes it. Columns are in bytes. With neither
 // to give nor to get it is a barrier.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) take(const __grid_constant__ Call call) {
+    wait_for_kernel_before();
     together(call, [&](Meeting &meeting) {
         take_direct(call, meeting);
         return all_direct(call, meeting) || take_staged(call, meeting);
@@ -87,6 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) take(const __grid_const
 
 // The same for little data.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) take_small(const __grid_constant__ Call call) {
+    wait_for_kernel_before();
     if (!call.gives() && !call.gets()) return only_come(call);
     move_small(call);
 }

@@ -70,6 +70,9 @@ inline uint4 load_halves(const uint4 *at) {
 
 }  // namespace emulation
 
+// Kernels of a stream run one after the other here.
+inline void wait_for_kernel_before() {}
+
 inline u32 load_volatile(const u32 *at) {
     emulation::pause();
     return emulation::load(at);

@@ -234,7 +234,9 @@ class Ranks:
                     end * unit,
                     (begin - start) * unit,
                 )
-            base.widest = max((end - begin for begin, end in zip(base.begin, base.end, strict=True)), default=0)
+            base.widest = max(
+                (end - begin for begin, end in zip(base.begin, base.end, strict=True)), default=0
+            )
             told = (kernel, base.rows, base.columns, list(base.begin), list(base.end), list(base.skip), agree)
             base.signature = zlib.crc32(repr(told).encode())
         blocks, threads = min(random.choice([1, 1, 2, 3, 5]), self.most_blocks), random.choice([32, 32, 64])

@@ -156,6 +156,8 @@ functions! {
     stub_devices(count: u32);
     stub_set_memory(device: u32, bytes: u64);
     stub_set_multiprocessors(device: u32, count: u32);
+    stub_set_capability(device: u32, major: u32);
+    stub_set_version(version: i32);
     stub_set_peer(from: u32, to: u32, kind: u32);
     stub_forget_peers();
     stub_heal();

@@ -1,15 +1,13 @@
 //! The kernels on one device.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::layout::SIZES;
+use super::text;
 use crate::comm::DType;
 use crate::device::cuda::{Context, Function, Module, OwnStream};
 use crate::error::{Error, Result};
-
-/// The text that cuda/build.py makes.
-const TEXT: &str = concat!(include_str!("../../../cuda/tp_rs.ptx"), "\0");
 
 /// Element types that can be summed, by the names of their kernels.
 const SUMMED: [(DType, &str); 6] = [
@@ -77,9 +75,8 @@ impl Kernels {
         tracing::info!(
             "loading kernels on cuda:{index}: seconds the first time, while the driver compiles them"
         );
-        let text = CStr::from_bytes_with_nul(TEXT.as_bytes())
-            .map_err(|_| Error::invalid("kernels", "a text with a NUL inside", "text"))?;
-        let module = Module::load(&context, text)?;
+        let overlaps = context.overlaps()?;
+        let module = Module::load(&context, &text::for_device(overlaps)?, overlaps)?;
         verify(&module, &context, &OwnStream::new(&context)?)?;
         let function = |name: String| {
             let name =

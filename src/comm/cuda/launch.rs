@@ -265,9 +265,16 @@ impl Cuda {
         let blocks = if present { prepared.blocks } else { 1 };
         let together = u32::try_from(ranks.len()).unwrap_or(1);
         let mut parameters: [*mut c_void; 1] = [(&raw mut call).cast()];
-        // SAFETY: the kernel takes a `Call`; the caller of the operation answers for the tensors and the stream.
+        // SAFETY: the kernel takes a `Call` and waits for the one before, as a test of `text` holds; the caller of the
+        // operation answers for the tensors and the stream.
         unsafe {
-            machine.kernels.module.launch(function, (blocks, together), THREADS, stream, &mut parameters)
+            machine.kernels.module.launch_early(
+                function,
+                (blocks, together),
+                THREADS,
+                stream,
+                &mut parameters,
+            )
         }
         .map_err(|error| error.of_rank(*first))
     }
@@ -296,7 +303,7 @@ impl Cuda {
             let mut parameters: [*mut c_void; 1] = [(&raw mut call).cast()];
             // SAFETY: as in `launch`.
             unsafe {
-                machine.kernels.module.launch(function, (blocks, 1), THREADS, *stream, &mut parameters)
+                machine.kernels.module.launch_early(function, (blocks, 1), THREADS, *stream, &mut parameters)
             }
             .map_err(|error| error.of_rank(rank))?;
         }

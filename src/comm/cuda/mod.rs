@@ -12,6 +12,7 @@ mod kernels;
 mod launch;
 mod layout;
 mod setup;
+mod text;
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};

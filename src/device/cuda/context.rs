@@ -95,14 +95,30 @@ impl Context {
         self.check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() })
     }
 
-    /// Multiprocessors of the device.
-    pub(crate) fn multiprocessors(&self) -> Result<u32> {
+    fn attribute(&self, which: Attribute) -> Result<i32> {
         let mut value = 0;
-        let which = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         // SAFETY: `value` is a valid place for an int and the device handle came from the driver.
         let code = unsafe { sys::cuDeviceGetAttribute(&raw mut value, which, self.device) };
         self.check("cuDeviceGetAttribute", code)?;
+        Ok(value)
+    }
+
+    /// Multiprocessors of the device.
+    pub(crate) fn multiprocessors(&self) -> Result<u32> {
+        let value = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         Ok(u32::try_from(value).unwrap_or(1).max(1))
+    }
+
+    /// Whether a kernel can be started while the one before it on its stream ends, in captures too: devices since compute
+    /// capability 9.0, with drivers since CUDA 12.3, which were the first to capture that.
+    pub(crate) fn overlaps(&self) -> Result<bool> {
+        const CAPTURED_SINCE: i32 = 12_030;
+        let mut version = 0;
+        // SAFETY: `version` is a valid place for an int.
+        let code = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+        self.check("cuDriverGetVersion", code)?;
+        let major = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        Ok(major >= 9 && version >= CAPTURED_SINCE)
     }
 }
 

@@ -11,8 +11,9 @@ use crate::device::CudaDevice;
 use crate::error::Result;
 
 /// What this crate calls, under the versioned names that cudarc looks up.
-const SYMBOLS: [&CStr; 40] = [
+const SYMBOLS: [&CStr; 42] = [
     c"cuInit",
+    c"cuDriverGetVersion",
     c"cuGetErrorName",
     c"cuDeviceGet",
     c"cuDeviceGetCount",
@@ -52,6 +53,7 @@ const SYMBOLS: [&CStr; 40] = [
     c"cuModuleGetGlobal_v2",
     c"cuFuncGetAttribute",
     c"cuLaunchKernel",
+    c"cuLaunchKernelEx",
 ];
 
 /// Whether a driver with everything that is called here can be loaded. Looked up once: a search that fails tries

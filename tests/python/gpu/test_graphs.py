@@ -186,3 +186,115 @@ def test_captures_on_a_stream_of_a_list_call_are_no_run_ahead():
     synchronize()
     comm.check()
     assert all(torch.equal(tensor.cpu(), torch.full((100,), 16.0)) for tensor in tensors)
+
+
+class Chain:
+    """Collectives that each use what the one before left, some behind kernels, copies and fills of torch."""
+
+    def __init__(self, place, ranks, rows, columns, count):
+        self.columns = columns
+        kinds = ["all_reduce", "all_reduce", "broadcast", "there and back"]
+        before = ["nothing", "nothing", "kernel", "copy", "fill", "join"]
+        # What is done, behind which of these, to which tensor, from which rank; what was used last.
+        self.steps, last = [], 0
+        for _ in range(count):
+            index = random.randrange(len(columns))
+            self.steps.append(
+                (random.choice(kinds), random.choice(before), index, random.randrange(ranks), last)
+            )
+            last = index
+        shares = [split_evenly(width, ranks) for width in columns]
+        self.splits = [split_of(share) for share in shares]
+
+        def empty(rank, width):
+            return torch.zeros(rows, width, dtype=torch.float32, device=place.on(rank))
+
+        self.sides = place.streams(ranks)
+        self.tensors = [[empty(rank, width) for width in columns] for rank in range(ranks)]
+        self.parts = [[empty(rank, share[rank]) for share in shares] for rank in range(ranks)]
+
+    def run(self, view, rank):
+        """All of it, for one rank."""
+        own = self.tensors[rank]
+        for kind, before, index, root, last in self.steps:
+            touch(before, own[index], own[last], self.sides[rank])
+            if kind == "all_reduce":
+                view.all_reduce(own[index])
+            elif kind == "broadcast":
+                view.broadcast(own[index], root=root)
+            else:
+                view.reduce_scatter(own[index], self.parts[rank][index], self.splits[index])
+                view.all_gather(self.parts[rank][index], self.splits[index], own[index])
+
+    def follow(self, values):
+        """The same on the host, where `values[rank]` are the rank's."""
+        for kind, before, index, root, last in self.steps:
+            for own in values:
+                touch(before, own[index], own[last])
+            result = values[root][index] if kind == "broadcast" else summed([own[index] for own in values])
+            for own in values:
+                own[index].copy_(result.clone())
+
+    def begin(self, values):
+        """Take these values."""
+        for own, given in zip(self.tensors, values, strict=True):
+            for tensor, value in zip(own, given, strict=True):
+                tensor.copy_(value)
+
+    def check(self, values, said):
+        """All tensors must have these."""
+        for rank, (own, wanted) in enumerate(zip(self.tensors, values, strict=True)):
+            for tensor, value in zip(own, wanted, strict=True):
+                assert torch.equal(bits(tensor), bits(value)), (rank, value.shape, said, self.steps)
+
+
+def split_evenly(width, ranks):
+    """Columns of every rank, the last with a few more."""
+    return [width // ranks + (width % ranks if rank == ranks - 1 else 0) for rank in range(ranks)]
+
+
+def touch(how, own, last, side=None):
+    """What torch does to a rank's tensors before a collective, on the host without a stream at the side."""
+    if how == "kernel":
+        own.mul_(0.5)
+    elif how == "copy":
+        own[0, :16].copy_(last[1, -16:])
+    elif how == "fill":
+        own[2].zero_()
+    elif how == "join":
+        here = torch.cuda.current_stream(own.device) if side else None
+        if side:
+            side.wait_stream(here)
+        with torch.cuda.stream(side):
+            own.mul_(0.5)
+        if last is not own:
+            last.neg_()
+        if side:
+            here.wait_stream(side)
+
+
+def test_kernels_that_may_start_while_the_one_before_ends(place):
+    ranks, rows, columns = 2, 4, [16, 1251, 10000, 175001]
+    comm = place.make(ranks)
+    chain = Chain(place, ranks, rows, columns, 50)
+    streams = place.streams(ranks)
+    synchronize()
+    graphs = [
+        capture(streams[rank], lambda rank=rank: chain.run(comm.rank(rank), rank)) for rank in range(ranks)
+    ]
+    for _ in range(8):
+        values = [
+            [random_tensor((rows, width), torch.float32, seed()) for width in columns] for _ in range(ranks)
+        ]
+        chain.begin(values)
+        synchronize()
+        times, eager = random.choice([1, 2, 4]), random.random() < 0.5
+        for _ in range(times):
+            replay(graphs, streams, random.sample(range(ranks), ranks))
+        synchronize()
+        comm.check()
+        if eager:
+            each_rank(comm, chain.run)
+        for _ in range(times + eager):
+            chain.follow(values)
+        chain.check(values, (times, eager))

@@ -9,6 +9,7 @@ pub(crate) const NOT_INITIALIZED: i32 = 3;
 pub(crate) const NO_DEVICE: i32 = 100;
 pub(crate) const INVALID_DEVICE: i32 = 101;
 pub(crate) const INVALID_CONTEXT: i32 = 201;
+pub(crate) const NO_BINARY: i32 = 209;
 pub(crate) const PEER_ACCESS_UNSUPPORTED: i32 = 217;
 pub(crate) const INVALID_PTX: i32 = 218;
 pub(crate) const INVALID_HANDLE: i32 = 400;
@@ -18,6 +19,7 @@ pub(crate) const PEER_ACCESS_ALREADY_ENABLED: i32 = 704;
 pub(crate) const CONTEXT_IS_DESTROYED: i32 = 709;
 pub(crate) const MISALIGNED_ADDRESS: i32 = 716;
 pub(crate) const LAUNCH_FAILED: i32 = 719;
+pub(crate) const NOT_SUPPORTED: i32 = 801;
 pub(crate) const CAPTURE_UNSUPPORTED: i32 = 900;
 pub(crate) const CAPTURE_INVALIDATED: i32 = 901;
 pub(crate) const CAPTURE_UNMATCHED: i32 = 903;
@@ -31,7 +33,7 @@ pub(crate) fn is_sticky(code: i32) -> bool {
 }
 
 /// The names that users see, each ended by a NUL.
-const NAMES: [(i32, &str); 31] = [
+const NAMES: [(i32, &str); 32] = [
     (0, "CUDA_SUCCESS\0"),
     (INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE\0"),
     (OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY\0"),
@@ -40,7 +42,7 @@ const NAMES: [(i32, &str); 31] = [
     (NO_DEVICE, "CUDA_ERROR_NO_DEVICE\0"),
     (INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE\0"),
     (INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT\0"),
-    (209, "CUDA_ERROR_NO_BINARY_FOR_GPU\0"),
+    (NO_BINARY, "CUDA_ERROR_NO_BINARY_FOR_GPU\0"),
     (214, "CUDA_ERROR_ECC_UNCORRECTABLE\0"),
     (PEER_ACCESS_UNSUPPORTED, "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED\0"),
     (INVALID_PTX, "CUDA_ERROR_INVALID_PTX\0"),
@@ -57,6 +59,7 @@ const NAMES: [(i32, &str); 31] = [
     (MISALIGNED_ADDRESS, "CUDA_ERROR_MISALIGNED_ADDRESS\0"),
     (LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED\0"),
     (800, "CUDA_ERROR_NOT_PERMITTED\0"),
+    (NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED\0"),
     (CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED\0"),
     (CAPTURE_INVALIDATED, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED\0"),
     (CAPTURE_UNJOINED, "CUDA_ERROR_STREAM_CAPTURE_UNJOINED\0"),

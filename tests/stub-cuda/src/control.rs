@@ -1,6 +1,7 @@
 //! How tests set the driver up, break it, and ask what happened. All of it is about the process.
 
 use std::ffi::c_char;
+use std::sync::atomic::Ordering;
 
 use crate::device::Peer;
 use crate::memory::{Class, Home};
@@ -47,6 +48,19 @@ pub extern "C" fn stub_set_memory(index: u32, bytes: u64) {
 #[unsafe(no_mangle)]
 pub extern "C" fn stub_set_multiprocessors(index: u32, count: u32) {
     let _ = device::with(index, |device| device.multiprocessors = count);
+}
+
+/// The major number of a device's compute capability; 9 otherwise.
+#[unsafe(no_mangle)]
+pub extern "C" fn stub_set_capability(index: u32, major: u32) {
+    let _ = device::with(index, |device| device.capability = major);
+}
+
+/// The version of CUDA that the driver says it is of, 1000 times the major number and 10 times the minor one; 12080
+/// otherwise.
+#[unsafe(no_mangle)]
+pub extern "C" fn stub_set_version(version: i32) {
+    device::VERSION.store(version, Ordering::Relaxed);
 }
 
 /// What `from` can do with the memory of `to`: 0 nothing, 1 all, 2 nothing though the driver says all.

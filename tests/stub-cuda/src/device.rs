@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashSet;
+use std::sync::atomic::AtomicI32;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::codes::{CONTEXT_IS_DESTROYED, INVALID_CONTEXT, INVALID_DEVICE, OUT_OF_MEMORY, Result};
@@ -20,6 +21,8 @@ pub(crate) struct Device {
     pub(crate) total: u64,
     pub(crate) used: u64,
     pub(crate) multiprocessors: u32,
+    /// The major number of its compute capability.
+    pub(crate) capability: u32,
     /// What it can do with each device's memory.
     pub(crate) peers: Vec<Peer>,
     /// Peers whose memory its context was given access to.
@@ -31,6 +34,9 @@ pub(crate) struct Device {
     /// The error that broke its context.
     broken: i32,
 }
+
+/// The version of CUDA that the driver is of.
+pub(crate) static VERSION: AtomicI32 = AtomicI32::new(12_080);
 
 static DEVICES: Mutex<Vec<Device>> = Mutex::new(Vec::new());
 
@@ -46,6 +52,7 @@ pub(crate) fn make(count: usize) {
         total: 8 << 30,
         used: 0,
         multiprocessors: 4,
+        capability: 9,
         peers: vec![Peer::Works; count],
         enabled: HashSet::new(),
         references: 0,

@@ -3,26 +3,41 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::codes::{INVALID_HANDLE, INVALID_PTX, NOT_FOUND, Result};
+use crate::codes::{INVALID_HANDLE, INVALID_PTX, NO_BINARY, NOT_FOUND, Result};
+use crate::device;
 use crate::layout::SIZES;
 use crate::memory::{self, Class, Home};
 use crate::report::{misuse, violation};
 use crate::stream::fresh;
 
-/// A kernel: its name and the bytes of its parameters.
+/// A kernel.
 pub(crate) struct Kernel {
     pub(crate) device: u32,
+    pub(crate) entry: Entry,
+}
+
+/// What the text says of a kernel.
+#[derive(Clone)]
+pub(crate) struct Entry {
     pub(crate) name: String,
+    /// Bytes of each.
     pub(crate) parameters: Vec<usize>,
+    /// Whether it waits for the kernel before, before it uses memory.
+    pub(crate) waits: bool,
+    /// Whether an instruction that uses memory was read.
+    uses: bool,
 }
 
 struct Module {
     device: u32,
-    kernels: Vec<(String, Vec<usize>)>,
+    kernels: Vec<Entry>,
     /// Name, address and bytes of a variable.
     variables: Vec<(String, u64, usize)>,
     functions: Vec<usize>,
 }
+
+/// The instruction by which a kernel waits for the one before.
+const WAIT: &str = "griddepcontrol.wait;";
 
 static MODULES: Mutex<Option<HashMap<usize, Module>>> = Mutex::new(None);
 static FUNCTIONS: Mutex<Option<HashMap<usize, Arc<Kernel>>>> = Mutex::new(None);
@@ -59,21 +74,37 @@ fn variable(line: &str) -> Option<(String, Vec<u8>)> {
     Some((name.to_owned(), bytes))
 }
 
+/// Whether an instruction uses memory that others may, or goes where one might.
+fn uses_memory(line: &str) -> bool {
+    let line = line.trim();
+    let line =
+        if line.starts_with('@') { line.split_once(' ').map_or("", |(_, rest)| rest.trim()) } else { line };
+    let uses = ["ld.", "st.", "atom.", "red.", "call", "bar.", "ret", "$"];
+    uses.iter().any(|start| line.starts_with(start)) && !line.starts_with("ld.param")
+}
+
 /// Loads a module and gives its handle.
 pub(crate) fn load(device: u32, context: usize, text: &str) -> Result<usize> {
-    if !text.contains(".version") || !text.contains(".target") {
+    let target =
+        text.split_once(".target sm_").and_then(|(_, rest)| rest.lines().next()?.trim().parse::<u32>().ok());
+    let (Some(target), true) = (target, text.contains(".version")) else { return Err(INVALID_PTX) };
+    if target / 10 > device::with(device, |device| device.capability)? {
+        return Err(NO_BINARY);
+    }
+    if target < 90 && text.contains(WAIT) {
         return Err(INVALID_PTX);
     }
-    let mut kernels: Vec<(String, Vec<usize>)> = Vec::new();
+    let mut kernels: Vec<Entry> = Vec::new();
     let mut variables = Vec::new();
     let mut in_head = false;
     for line in text.lines() {
         if let Some(name) = line.strip_prefix(".visible .entry ") {
-            kernels.push((name.trim_end_matches(['(', ')']).to_owned(), Vec::new()));
             in_head = !name.ends_with(')');
+            let name = name.trim_end_matches(['(', ')']).to_owned();
+            kernels.push(Entry { name, parameters: Vec::new(), waits: false, uses: false });
         } else if in_head {
             match (parameter(line), kernels.last_mut()) {
-                (Some(bytes), Some((_, parameters))) => parameters.push(bytes),
+                (Some(bytes), Some(kernel)) => kernel.parameters.push(bytes),
                 _ => in_head = false,
             }
         } else if line.starts_with(".global ")
@@ -86,6 +117,9 @@ pub(crate) fn load(device: u32, context: usize, text: &str) -> Result<usize> {
             // SAFETY: allocated just now, as long as the content.
             unsafe { place.copy_from(bytes.as_ptr(), bytes.len()) };
             variables.push((name, at, bytes.len()));
+        } else if let Some(kernel) = kernels.last_mut() {
+            kernel.waits |= !kernel.uses && line.trim() == WAIT;
+            kernel.uses |= uses_memory(line);
         }
     }
     let handle = fresh();
@@ -112,10 +146,10 @@ pub(crate) fn function(call: &str, module: usize, name: &str) -> Result<usize> {
     let Some(module) = modules.get_or_insert_default().get_mut(&module) else {
         return Err(unknown(call, module));
     };
-    let Some((name, parameters)) = module.kernels.iter().find(|(known, _)| known == name) else {
+    let Some(entry) = module.kernels.iter().find(|entry| entry.name == name) else {
         return Err(NOT_FOUND);
     };
-    let kernel = Kernel { device: module.device, name: name.clone(), parameters: parameters.clone() };
+    let kernel = Kernel { device: module.device, entry: entry.clone() };
     let handle = fresh();
     module.functions.push(handle);
     table(&FUNCTIONS).get_or_insert_default().insert(handle, Arc::new(kernel));

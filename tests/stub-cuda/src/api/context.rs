@@ -36,7 +36,7 @@ driver! {
     }
 
     fn cuDriverGetVersion(version: *mut i32) {
-        store(version, 12020)
+        store(version, device::VERSION.load(Ordering::Relaxed))
     }
 
     fn cuDeviceGetCount(count: *mut i32) {
@@ -59,12 +59,12 @@ driver! {
 
     fn cuDeviceGetAttribute(value: *mut i32, which: i32, device: i32) {
         let index = known(device)?;
-        let processors = device::with(index, |device| device.multiprocessors)?;
+        let (processors, major) = device::with(index, |device| (device.multiprocessors, device.capability))?;
         store(value, match which {
             16 => processors as i32,
             36 => 1_000_000,  // kHz of the memory's clock
             37 => 512,        // bits of its bus
-            75 => 9,          // compute capability
+            75 => major as i32, // compute capability
             76 | 84 => 0,     // its minor number; no multicast
             102 | 115 | 41 => 1, // virtual memory, pools, unified addresses
             _ => return Err(INVALID_VALUE),

@@ -70,7 +70,7 @@ impl Launch {
 
     /// What its launch can be refused for.
     pub(crate) fn check(&self) -> Result {
-        let name = &self.kernel.name;
+        let name = &self.kernel.entry.name;
         let limit = device::with(self.kernel.device, |device| device.multiprocessors)?;
         if meets(name) && self.blocks * self.members > limit {
             // They would wait for blocks that wait for a place.
@@ -87,13 +87,14 @@ impl Launch {
 
     fn parameter<T: Copy>(&self, index: usize) -> Result<T> {
         self.parameters.get(index).and_then(|bytes| read(bytes)).ok_or_else(|| {
-            let text = format!("{}: parameter {index} is not what the stub's kernel takes", self.kernel.name);
+            let text =
+                format!("{}: parameter {index} is not what the stub's kernel takes", self.kernel.entry.name);
             misuse(LAUNCH_FAILED, text)
         })
     }
 
     fn work(&self) -> Result {
-        let name = self.kernel.name.as_str();
+        let name = self.kernel.entry.name.as_str();
         let device = self.kernel.device;
         match name {
             "copy" => return copies::run(device, self.members, &self.parameter::<Copies>(0)?),
@@ -117,7 +118,7 @@ impl Launch {
     }
 
     fn member(&self, device: u32, call: &Call, index: u32) -> Result {
-        let name = self.kernel.name.as_str();
+        let name = self.kernel.entry.name.as_str();
         let broken = || misuse(LAUNCH_FAILED, format!("the stub has no kernel {name}: write it in kernels/"));
         if name.starts_with("add_residual") {
             return residual::run(device, call, dtype(name).ok_or_else(broken)?);
