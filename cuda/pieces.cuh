@@ -11,14 +11,28 @@ struct Byte {
 };
 
 // The part of a tensor that one piece carries.
-template <class T> struct Piece {
+template <class T, u32 SIZE = sizeof(typename T::Bits)> struct Piece {
     typedef typename T::Bits Bits;
-    static constexpr u32 BYTES = sizeof(Bits) == 8 ? 8 : 12;
-    static constexpr u32 COUNT = BYTES / sizeof(Bits);
+    static constexpr u32 BYTES = 12;
+    static constexpr u32 COUNT = BYTES / SIZE;
     union {
         u32 words[3];
         Bits elements[COUNT];
     };
+};
+
+// One of 64 bits is put together when it is added, and never a part of a register of 64 bits before: where half of one
+// was loaded and the other half kept, ptxas of CUDA 12.9 and 13 used the kept half for the address of the load (sm_90).
+template <class T> struct Piece<T, 8> {
+    static constexpr u32 BYTES = 8;
+    static constexpr u32 COUNT = 1;
+    u32 words[3];
+
+    __device__ __forceinline__ u64 element() const { return (u64)words[1] << 32 | words[0]; }
+    __device__ __forceinline__ void set(u64 element) {
+        words[0] = (u32)element;
+        words[1] = (u32)(element >> 32);
+    }
 };
 
 template <class T> struct Pieces;

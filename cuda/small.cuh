@@ -102,12 +102,27 @@ template <class T, u32 HELD> struct Sums {
 
     __device__ __forceinline__ void add(const Batch<T, HELD> &part) {
 #pragma unroll
-        for (u32 i = 0; i < HELD; ++i) sums[i].add(part.pieces[i].elements, begins);
+        for (u32 i = 0; i < HELD; ++i) {
+            if constexpr (Piece<T>::COUNT == 1) {
+                const u64 element = part.pieces[i].element();
+                sums[i].add(&element, begins);
+            } else {
+                sums[i].add(part.pieces[i].elements, begins);
+            }
+        }
         begins = false;
     }
     __device__ __forceinline__ void round(Batch<T, HELD> &result) const {
 #pragma unroll
-        for (u32 i = 0; i < HELD; ++i) sums[i].round(result.pieces[i].elements);
+        for (u32 i = 0; i < HELD; ++i) {
+            if constexpr (Piece<T>::COUNT == 1) {
+                u64 element;
+                sums[i].round(&element);
+                result.pieces[i].set(element);
+            } else {
+                sums[i].round(result.pieces[i].elements);
+            }
+        }
     }
 };
 
