@@ -252,10 +252,13 @@ def _let_go(model: PreTrainedModel) -> None:
 def _ordinary(value: Any) -> Any:
     """The same memory as tensors that may be changed in place: those of inference mode may not."""
     if isinstance(value, torch.Tensor):
-        if value.is_cuda:
-            # It was made on the rank's stream, and is read on the caller's.
-            value.record_stream(torch.cuda.current_stream(value.device))
-        return dlpack.from_dlpack(value) if value.is_inference() else value
+        if not value.is_cuda:
+            return dlpack.from_dlpack(value) if value.is_inference() else value
+        # It was made on the rank's stream, and is read on the caller's.
+        value.record_stream(torch.cuda.current_stream(value.device))
+        # torch exports tensors of the current device only.
+        with torch.cuda.device(value.device):
+            return dlpack.from_dlpack(value) if value.is_inference() else value
     if isinstance(value, ModelOutput):
         for name, each in value.items():
             value[name] = _ordinary(each)
