@@ -7,6 +7,7 @@ use cudarc::driver::sys::CUstream;
 use super::Cuda;
 use super::kernels::Sum;
 use super::layout::{Call, GETS, GIVES, MOST_RANKS, Member, PLAIN, THREADS};
+use super::setup::small_bytes;
 use crate::comm::DType;
 use crate::comm::backend::Backend;
 use crate::comm::operation::{Layout, Operation, Pair};
@@ -18,9 +19,10 @@ use crate::split::activations::PIECE_DATA_BYTES;
 /// Up to so many bytes are pushed to all ranks in one step; above, every rank sums a share or takes what it gets. Two H100
 /// with `NVLink` were faster so up to 1 MiB while each 4 bytes had a number beside them; 12 have now.
 const PUSHED_BELOW: usize = 2 << 20;
-/// The same for two ranks that do not reach each other. On two H100 pushing sums of 256 KiB and 1 MiB took 19 and 58 us and
-/// chunks 35 and 67; of 2 MiB 106 and 102, as pushed data takes a third more bytes on the way through host memory.
-const PUSHED_BELOW_APART: usize = 1 << 20;
+/// The same for two ranks that do not reach each other, of what a rank puts and takes together: an `all_reduce` counts
+/// twice. On two H100 pushing sums of 256 KiB and 1 MiB took 19 and 58 us and chunks 35 and 67; of 2 MiB 106 and 102, as
+/// pushed data takes a third more bytes on the way through host memory.
+const PUSHED_BELOW_APART: usize = 2 << 20;
 /// The same where more ranks do not all reach each other: each would push everything to all others.
 const PUSHED_BELOW_APART_OF_MORE: usize = 128 << 10;
 /// From so many bytes on, the copy engines carry what two ranks out of each other's reach send. Never: on two H100 they took
@@ -38,9 +40,10 @@ const BYTES_A_BLOCK: usize = 32 * THREADS as usize;
 const STAGED_BYTES_A_BLOCK: usize = 16 * THREADS as usize;
 
 /// Up to so many bytes are pushed, where nobody said a number. `connected`: whether all ranks reach each other.
-pub(super) fn pushed_below(ranks: usize, connected: bool) -> usize {
+fn pushed_below(ranks: usize, connected: bool, operation: &Operation<'_>) -> usize {
     match (connected, ranks) {
         (true, _) => PUSHED_BELOW,
+        (false, ..=2) if matches!(operation, Operation::AllReduce) => PUSHED_BELOW_APART / 2,
         (false, ..=2) => PUSHED_BELOW_APART,
         (false, _) => PUSHED_BELOW_APART_OF_MORE,
     }
@@ -160,7 +163,9 @@ impl Cuda {
         let bytes = rows.saturating_mul(columns).saturating_mul(size);
         // A piece has one element of 8 bytes where elements are added up.
         let pushed = if operation.sums() && size == 8 { bytes.saturating_mul(PIECE) / 8 } else { bytes };
-        let small = pushed <= self.pushed_below;
+        let below =
+            self.pushed_below.unwrap_or_else(|| pushed_below(self.ranks(), self.rooms.connected, operation));
+        let small = pushed <= below.min(small_bytes(self.ranks()));
         let engines = self.engines.as_ref().is_some_and(|engines| engines.carry(operation, bytes));
         let kernel = match operation {
             _ if engines => Kernel::Engines(operation.sums().then_some(first.dtype)),

@@ -46,7 +46,8 @@ pub(crate) struct Cuda {
     devices: Vec<Device>,
     timeout: Duration,
     blocks: u32,
-    pushed_below: usize,
+    /// What the caller said, if anything: bytes up to which data is pushed.
+    pushed_below: Option<usize>,
     stopped: Mutex<Option<String>>,
     /// Whether the devices are done with what this owns.
     settled: AtomicBool,
@@ -108,10 +109,6 @@ impl Cuda {
             .unwrap_or(1)
             .min(MOST_BLOCKS);
         let rooms = Rooms::new(&Seats { machines: &machines, of: &seats }, options.peers, blocks as usize)?;
-        let pushed_below = options
-            .pushed_below
-            .unwrap_or_else(|| launch::pushed_below(devices.len(), rooms.connected))
-            .min(setup::small_bytes(devices.len()));
         let engines_above = options.engines_above.unwrap_or(launch::ENGINES_ABOVE);
         let engines = if rooms.apart && engines_above < usize::MAX {
             Some(Engines::new(&Seats { machines: &machines, of: &seats }, engines_above)?)
@@ -143,7 +140,7 @@ impl Cuda {
             devices: devices.to_vec(),
             timeout: options.timeout,
             blocks,
-            pushed_below,
+            pushed_below: options.pushed_below,
             stopped: Mutex::new(None),
             settled: AtomicBool::new(false),
         })
