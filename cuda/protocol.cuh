@@ -233,17 +233,32 @@ struct Patience {
     }
 };
 
-// Copies the rank's record. Ends in a barrier of the block.
-__device__ __forceinline__ void begin(const Call &call) {
+// The rank's record on its way: asked for when this is made, and the block's when `share` has ended, in a barrier. What a
+// kernel does between the two costs no time of its own.
+class Fetch {
+    static constexpr u32 PIECES = sizeof(Rank) / sizeof(uint4);
     static_assert(sizeof(Rank) % sizeof(uint4) == 0, "copied in other pieces");
-    const uint4 *record = (const uint4 *)call.record();
-    uint4 *copy = (uint4 *)&shared_by_block<Shared>().rank;
-#pragma unroll 1
-    for (u32 piece = threadIdx.x; piece < sizeof(Rank) / sizeof(uint4); piece += blockDim.x) {
-        copy[piece] = load_volatile(record + piece);
+    const uint4 *record;
+    uint4 first = {};
+
+  public:
+    __device__ __forceinline__ explicit Fetch(const Call &call) : record((const uint4 *)call.record()) {
+        if (threadIdx.x < PIECES) first = load_volatile(record + threadIdx.x);
     }
-    __syncthreads();
-}
+
+    __device__ __forceinline__ void share() const {
+        uint4 *copy = (uint4 *)&shared_by_block<Shared>().rank;
+        if (threadIdx.x < PIECES) copy[threadIdx.x] = first;
+#pragma unroll 1
+        for (u32 piece = threadIdx.x + blockDim.x; piece < PIECES; piece += blockDim.x) {
+            copy[piece] = load_volatile(record + piece);
+        }
+        __syncthreads();
+    }
+};
+
+// Copies the rank's record. Ends in a barrier of the block.
+__device__ __forceinline__ void begin(const Call &call) { Fetch(call).share(); }
 
 // Writes this rank's letters. Addresses are told only where peers use them.
 template <bool ADDRESSES> __device__ __forceinline__ void announce(const Call &call) {
@@ -361,6 +376,22 @@ __device__ __noinline__ void leave(const Call &call, const Meeting *meeting) {
         record->leaving = 0;
         record->sequence = call.sequence();
     }
+}
+
+// Announces, meets, works and leaves. `work` returns whether it came to its end.
+template <class Work> __device__ __forceinline__ void together(const Call &call, Work work) {
+    Meeting &meeting = shared_by_block<Shared>().meeting;
+    begin(call);
+    announce<true>(call);
+    const bool came = meet(call, meeting);
+    const bool done = came && (call.role() & (GIVES | GETS)) != 0 && work(meeting);
+    leave(call, done ? &meeting : nullptr);
+}
+
+// A rank without a part, which shares a launch with ranks that have one, waits for all letters: so it is never two
+// operations ahead of a peer.
+__device__ __noinline__ void only_come(const Call &call) {
+    together(call, [](Meeting &) { return false; });
 }
 
 // Counts an operation in which nobody uses a peer's tensors: the block that was the last to begin does so, since all have

@@ -1,6 +1,7 @@
 // Operations on little data, in one step: every rank pushes to all others what they need of it, in pieces that are their
 // own flags. There is no barrier and nothing to clear: two areas take turns, and a rank that is one operation
-// ahead has seen a letter of every peer, so all are done with the one before.
+// ahead has seen a letter of every peer, so all are done with the one before. The rank's record is asked for first, the
+// first pieces are loaded while it comes, and what a rank keeps is loaded when all else is on its way.
 #pragma once
 
 #include "pieces.cuh"
@@ -132,12 +133,11 @@ template <class T> __device__ __forceinline__ u32 most_pieces(const Call &call) 
 }
 
 template <class T, u32 HELD>
-__device__ __forceinline__ void all_reduce_pushed(const Call &call, const Pieces<T> &tensor) {
+__device__ __forceinline__ void all_reduce_pushed(const Call &call, const Fetch &record, const Pieces<T> &tensor) {
     typedef Batch<T, HELD> Held;
-    // On their way while the record is.
     Held first = {};
     first.load(tensor, first_piece());
-    begin(call);
+    record.share();
     const Count count(call);
     const Rank *rank = call.rank();
     announce<false>(call);
@@ -180,32 +180,33 @@ __device__ __forceinline__ void all_reduce_pushed(const Call &call, const Pieces
 
 template <class T> __device__ __forceinline__ void all_reduce_small(const Call &call) {
     const Pieces<T> tensor(call.output(call.columns));
-    if (AT_ONCE<T> == 1 || tensor.count() <= next_piece()) return all_reduce_pushed<T, 1>(call, tensor);
-    all_reduce_pushed<T, AT_ONCE<T>>(call, tensor);
+    wait_for_kernel_before();
+    if (!call.gives() && !call.gets()) return only_come(call);
+    const Fetch record(call);
+    if (AT_ONCE<T> == 1 || tensor.count() <= next_piece()) return all_reduce_pushed<T, 1>(call, record, tensor);
+    all_reduce_pushed<T, AT_ONCE<T>>(call, record, tensor);
 }
 
-// Each rank pushes every peer's columns to it, and sums its own.
-template <class T, u32 HELD> __device__ __forceinline__ void reduce_scatter_pushed(const Call &call) {
-    typedef Batch<T, HELD> Held;
+// What a rank gives of the columns that another one sums.
+template <class T> __device__ __forceinline__ Pieces<T> columns_of(const Call &call, u32 peer) {
     constexpr u32 size = sizeof(typename T::Bits);
-    const auto columns_of = [&](u32 peer) {
-        return Pieces<T>(View{call.me().input + (u64)call.begin[peer] * size, call.rows, call.width(peer), call.me().input_stride});
-    };
-    const Pieces<T> own = columns_of(call.me().index);
-    // On their way while the record is: what the next rank gets, and what this one does.
-    Held first = {}, first_own = {};
-    if (call.gives()) {
-        first.load(columns_of(call.after(1)), first_piece());
-        first_own.load(own, first_piece());
-    }
-    begin(call);
+    return Pieces<T>(View{call.me().input + (u64)call.begin[peer] * size, call.rows, call.width(peer), call.me().input_stride});
+}
+
+// Each rank pushes every peer's columns to it, and sums its own. `theirs`: those of the next rank.
+template <class T, u32 HELD>
+__device__ __forceinline__ void reduce_scatter_pushed(const Call &call, const Fetch &record, Pieces<T> theirs) {
+    typedef Batch<T, HELD> Held;
+    Held first = {};
+    if (call.gives()) first.load(theirs, first_piece());
+    record.share();
     const Count count(call);
     const Rank *rank = call.rank();
     announce<false>(call);
 #pragma unroll 1
     for (u32 hop = 1; call.gives() && hop < rank->ranks; ++hop) {
         const u32 peer = call.after(hop);
-        const Pieces<T> theirs = columns_of(peer);
+        if (hop != 1) theirs = columns_of<T>(call, peer);
 #pragma unroll 1
         for (u32 index = first_piece(); index < theirs.count(); index += Held::step()) {
             Held pieces = first;
@@ -213,15 +214,16 @@ template <class T, u32 HELD> __device__ __forceinline__ void reduce_scatter_push
             pieces.push(pushed(call, rank->out[peer]), index, theirs.count(), (u32)call.sequence());
         }
     }
+    const Pieces<T> own = columns_of<T>(call, call.me().index);
     bool alive = greet(call, true, 0);
     Company company(call);
     const Pieces<T> target(call.output(call.width(rank->rank)));
 #pragma unroll 1
     for (u32 index = first_piece(); alive && call.gets() && index - lane() < target.count(); index += Held::step()) {
         Sums<T, HELD> sums;
-        Held mine = first_own;
+        Held mine = {};
         // On its way while the others' is waited for.
-        if (call.gives() && index != first_piece()) mine.load(own, index);
+        if (call.gives()) mine.load(own, index);
 #pragma unroll 1
         for (u32 peer = 0; peer < rank->ranks; ++peer) {
             Held part = mine;
@@ -243,19 +245,22 @@ template <class T, u32 HELD> __device__ __forceinline__ void reduce_scatter_push
 }
 
 template <class T> __device__ __forceinline__ void reduce_scatter_small(const Call &call) {
-    if (AT_ONCE<T> == 1 || most_pieces<T>(call) <= next_piece()) return reduce_scatter_pushed<T, 1>(call);
-    reduce_scatter_pushed<T, AT_ONCE<T>>(call);
+    const Pieces<T> theirs = columns_of<T>(call, call.after(1));
+    wait_for_kernel_before();
+    if (!call.gives() && !call.gets()) return only_come(call);
+    const Fetch record(call);
+    if (AT_ONCE<T> == 1 || most_pieces<T>(call) <= next_piece()) return reduce_scatter_pushed<T, 1>(call, record, theirs);
+    reduce_scatter_pushed<T, AT_ONCE<T>>(call, record, theirs);
 }
 
 // Broadcast, gather to a rank, all_gather: who gives pushes its columns, in bytes, to all who may get them.
-template <u32 HELD> __device__ __forceinline__ void move_pushed(const Call &call) {
+template <u32 HELD>
+__device__ __forceinline__ void move_pushed(const Call &call, const Fetch &record, const Pieces<Byte> &own) {
     typedef Batch<Byte, HELD> Held;
     const u32 me = call.me().index;
-    const Pieces<Byte> own(View{call.me().input + call.skip[me], call.rows, call.width(me), call.me().input_stride});
-    // On their way while the record is.
     Held first = {};
     if (call.gives()) first.load(own, first_piece());
-    begin(call);
+    record.share();
     const Count count(call);
     const Rank *rank = call.rank();
     announce<false>(call);
@@ -297,6 +302,11 @@ template <u32 HELD> __device__ __forceinline__ void move_pushed(const Call &call
 }
 
 __device__ __forceinline__ void move_small(const Call &call) {
-    if (most_pieces<Byte>(call) <= next_piece()) return move_pushed<1>(call);
-    move_pushed<MOVED_AT_ONCE>(call);
+    const u32 me = call.me().index;
+    const Pieces<Byte> own(View{call.me().input + call.skip[me], call.rows, call.width(me), call.me().input_stride});
+    wait_for_kernel_before();
+    if (!call.gives() && !call.gets()) return only_come(call);
+    const Fetch record(call);
+    if (most_pieces<Byte>(call) <= next_piece()) return move_pushed<1>(call, record, own);
+    move_pushed<MOVED_AT_ONCE>(call, record, own);
 }

@@ -14,22 +14,6 @@ __device__ __forceinline__ bool all_direct(const Call &call, const Meeting &meet
     return direct;
 }
 
-// Announces, meets, works and leaves. `work` returns whether it came to its end.
-template <class Work> __device__ __forceinline__ void together(const Call &call, Work work) {
-    Meeting &meeting = shared_by_block<Shared>().meeting;
-    begin(call);
-    announce<true>(call);
-    const bool came = meet(call, meeting);
-    const bool done = came && (call.role() & (GIVES | GETS)) != 0 && work(meeting);
-    leave(call, done ? &meeting : nullptr);
-}
-
-// A rank without a part, which shares a launch with ranks that have one, waits for all letters: so it is never two
-// operations ahead of a peer.
-__device__ __noinline__ void only_come(const Call &call) {
-    together(call, [](Meeting &) { return false; });
-}
-
 template <class T> __device__ __forceinline__ void all_reduce_large(const Call &call) {
     together(call, [&](Meeting &meeting) {
         if (!all_direct(call, meeting)) return all_reduce_staged<T>(call, meeting);
@@ -46,12 +30,11 @@ template <class T> __device__ __forceinline__ void reduce_scatter(const Call &ca
     });
 }
 
-// Those that begin with a wait for the kernel before are launched so that they need one (src/comm/cuda/text.rs). None lets
-// the next one start early: its blocks could take the place of those that this one's peers wait for.
+// Those that wait for the kernel before are launched so that they need to (src/comm/cuda/text.rs), and do so before they use
+// any memory but their parameters. None lets the next one start early: its blocks could take the place of those that this
+// one's peers wait for.
 #define SUMS(name, T)                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce_small_##name(const __grid_constant__ Call call) { \
-        wait_for_kernel_before();                                                                                   \
-        if (!call.gives() && !call.gets()) return only_come(call);                                                  \
         all_reduce_small<T>(call);                                                                                  \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce_large_##name(const __grid_constant__ Call call) { \
@@ -59,8 +42,6 @@ template <class T> __device__ __forceinline__ void reduce_scatter(const Call &ca
         all_reduce_large<T>(call);                                                                                  \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) reduce_scatter_small_##name(const __grid_constant__ Call call) { \
-        wait_for_kernel_before();                                                                                   \
-        if (!call.gives() && !call.gets()) return only_come(call);                                                  \
         reduce_scatter_small<T>(call);                                                                              \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) reduce_scatter_##name(const __grid_constant__ Call call) { \
@@ -95,8 +76,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) take(const __grid_const
 
 // The same for little data.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) take_small(const __grid_constant__ Call call) {
-    wait_for_kernel_before();
-    if (!call.gives() && !call.gets()) return only_come(call);
     move_small(call);
 }
 
