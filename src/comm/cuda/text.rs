@@ -74,6 +74,29 @@ mod tests {
             && !apart.iter().any(|start| instruction.starts_with(start))
     }
 
+    /// Where a branch leads.
+    fn target(instruction: &str) -> Option<&str> {
+        let (_, target) = instruction.split_once("bra")?;
+        Some(target.trim_start_matches(".uni").trim().trim_end_matches(';'))
+    }
+
+    #[test]
+    fn branches_lead_to_labels() {
+        assert_eq!(target("@%p4 bra \t$L__BB34_2;"), Some("$L__BB34_2"));
+        assert_eq!(target("bra.uni \t$L__BB34_9;"), Some("$L__BB34_9"));
+        assert_eq!(target("mov.u32 \t%r1, %ctaid.y;"), None);
+        let text = for_device(true).unwrap();
+        let kernels = kernels(text.to_str().unwrap());
+        let known =
+            |lines: &[&str], label: &str| lines.iter().any(|line| line.strip_suffix(':') == Some(label));
+        let branches = |lines: &[&str]| lines.iter().filter(|line| target(line).is_some()).count();
+        assert!(kernels.iter().map(|(_, lines)| branches(lines)).sum::<usize>() > 1000);
+        for (name, lines) in kernels {
+            let astray = lines.iter().find(|line| target(line).is_some_and(|label| !known(&lines, label)));
+            assert_eq!(astray, None, "{name}");
+        }
+    }
+
     #[test]
     fn who_starts_early_waits_once_and_before_all_else() {
         let text = for_device(true).unwrap();
@@ -83,10 +106,15 @@ mod tests {
             let waits = instructions.iter().filter(|line| **line == WAIT).count();
             assert_eq!(waits, usize::from(is_early(name)), "waits of {name}");
             if let Some(at) = instructions.iter().position(|line| *line == WAIT) {
-                let before =
-                    instructions.iter().take(at).find(|line| uses_memory(line) || line.starts_with('$'));
-                assert_eq!(before, None, "before the wait of {name}");
-                assert!(instructions.iter().skip(at).any(|line| uses_memory(line)), "{name} does nothing");
+                let (before, after) = instructions.split_at(at);
+                assert_eq!(before.iter().find(|line| uses_memory(line)), None, "before the wait of {name}");
+                // Nobody gets round it.
+                let past = before.iter().find(|line| {
+                    target(line)
+                        .is_some_and(|label| !before.iter().any(|line| line.strip_suffix(':') == Some(label)))
+                });
+                assert_eq!(past, None, "past the wait of {name}");
+                assert!(after.iter().any(|line| uses_memory(line)), "{name} does nothing");
             }
         }
     }
