@@ -1,5 +1,5 @@
-//! Host time of a list call between two ranks, beside two bare launches through the same driver calls. The second rank
-//! is on the second GPU where there is one.
+//! Host time of a list call between two ranks, beside two bare launches by `cuLaunchKernel`. The second rank is on the
+//! second GPU where there is one.
 //!
 //! Prints one line of JSON: `cargo bench --features cuda-pin --bench cuda_launch`. benches/gpus puts the time of
 //! the same call from Python beside it.

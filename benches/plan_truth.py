@@ -9,7 +9,8 @@ all layers another one, as what the driver keeps for kernels grows from model to
 Each case loads one over its ranks, fills the context with a prompt in chunks and some decoded tokens, once
 with recorded steps and once without, and compares the plan's bytes of all ranks with the most that torch's
 tensors took and what the process took on the device besides (context, kernels, the communicator). The blocks
-that `load` has torch take ahead are no such tensors. Then it does so twice more with torch's allocator held
+that `load` has torch take ahead are no such tensors; what the driver had given the process with all of them is
+shown as well (`held`). Then it does so twice more with torch's allocator held
 to the plan's bytes, with recorded steps and without, and must not run out of memory. Whether there was room
 to record the steps is said, too.
 Needs one GPU with 70 GB free, torch, transformers and accelerate.
@@ -153,6 +154,11 @@ class Found:
     def taken(self) -> int:
         """What the process needed at most."""
         return self.tensors + self.beside
+
+    @property
+    def held(self) -> int:
+        """What the driver had given it at most with recorded steps: of it the allocator could have given some back."""
+        return self.kept + self.beside
 
     @property
     def ratio(self) -> float:
@@ -318,11 +324,11 @@ def row(found: Found) -> str:
         f"plan {found.planned / MIB:6.0f}",
         f"taken {found.taken / MIB:6.0f}",
         f"ratio {found.ratio:5.3f}",
+        f"held {found.held / MIB:6.0f}",
         f"weights {weights / MIB:6.1f} {found.loaded / MIB:6.1f}",
         f"cache {items.get('kv_cache', 0) / MIB:6.1f}",
         f"activations {activations / MIB:6.1f} {measured / MIB:6.1f}",
         f"beside {found.beside / MIB:5.1f}",
-        f"kept for later {(found.kept - found.tensors) / MIB:6.1f}",
         f"within the plan: {found.limited}, {found.steps} recorded; without steps: {found.eager}",
     ]
     return "  ".join(cells)
