@@ -9,10 +9,10 @@ all layers another one, as what the driver keeps for kernels grows from model to
 Each case loads one over its ranks, fills the context with a prompt in chunks and some decoded tokens, once
 with recorded steps and once without, and compares the plan's bytes of all ranks with the most that torch's
 tensors took and what the process took on the device besides (context, kernels, the communicator). The blocks
-that `load` has torch take ahead are no such tensors; what the driver had given the process with all of them is
-shown as well (`held`). Then it does so twice more with torch's allocator held
-to the plan's bytes, with recorded steps and without, and must not run out of memory. Whether there was room
-to record the steps is said, too.
+that `load` has torch take ahead are no such tensors; what the driver had given the process with all of them
+is shown as well (`held`). Then it does so twice more with torch's allocator held to the plan's bytes, with
+recorded steps and without, and must not run out of memory. Whether there was room to record the steps is
+said, too.
 Needs one GPU with 70 GB free, torch, transformers and accelerate.
 """
 
@@ -157,7 +157,7 @@ class Found:
 
     @property
     def held(self) -> int:
-        """What the driver had given it at most with recorded steps: of it the allocator could have given some back."""
+        """What the driver had given it at most with recorded steps, blocks that torch keeps for later counted."""
         return self.kept + self.beside
 
     @property

@@ -26,6 +26,36 @@ pub(crate) struct Entry {
     pub(crate) waits: bool,
     /// Whether an instruction that uses memory was read.
     uses: bool,
+    /// Labels that were read, and those that branches lead to and were not.
+    labels: Vec<String>,
+    ahead: Vec<String>,
+}
+
+impl Entry {
+    fn new(name: String) -> Self {
+        Self { name, parameters: Vec::new(), waits: false, uses: false, labels: Vec::new(), ahead: Vec::new() }
+    }
+
+    /// Reads an instruction or a label, up to the wait.
+    fn read(&mut self, line: &str) {
+        let line = line.trim();
+        if self.waits {
+            return;
+        }
+        if line == WAIT {
+            // A branch to what is still ahead would lead past it.
+            self.waits = !self.uses && self.ahead.is_empty();
+        } else if let Some(label) = line.strip_suffix(':') {
+            self.labels.push(label.to_owned());
+            self.ahead.retain(|other| other != label);
+        } else if let Some(label) = branch(line) {
+            if !self.labels.iter().any(|known| known == label) {
+                self.ahead.push(label.to_owned());
+            }
+        } else {
+            self.uses |= uses_memory(line);
+        }
+    }
 }
 
 struct Module {
@@ -74,12 +104,17 @@ fn variable(line: &str) -> Option<(String, Vec<u8>)> {
     Some((name.to_owned(), bytes))
 }
 
+/// Where a branch leads.
+fn branch(line: &str) -> Option<&str> {
+    let (_, label) = line.split_once("bra")?;
+    Some(label.trim_start_matches(".uni").trim().trim_end_matches(';'))
+}
+
 /// Whether an instruction uses memory that others may, or goes where one might.
 fn uses_memory(line: &str) -> bool {
-    let line = line.trim();
     let line =
         if line.starts_with('@') { line.split_once(' ').map_or("", |(_, rest)| rest.trim()) } else { line };
-    let uses = ["ld.", "st.", "atom.", "red.", "call", "bar.", "ret", "$"];
+    let uses = ["ld.", "st.", "atom.", "red.", "call", "bar.", "ret"];
     uses.iter().any(|start| line.starts_with(start)) && !line.starts_with("ld.param")
 }
 
@@ -101,7 +136,7 @@ pub(crate) fn load(device: u32, context: usize, text: &str) -> Result<usize> {
         if let Some(name) = line.strip_prefix(".visible .entry ") {
             in_head = !name.ends_with(')');
             let name = name.trim_end_matches(['(', ')']).to_owned();
-            kernels.push(Entry { name, parameters: Vec::new(), waits: false, uses: false });
+            kernels.push(Entry::new(name));
         } else if in_head {
             match (parameter(line), kernels.last_mut()) {
                 (Some(bytes), Some(kernel)) => kernel.parameters.push(bytes),
@@ -118,8 +153,7 @@ pub(crate) fn load(device: u32, context: usize, text: &str) -> Result<usize> {
             unsafe { place.copy_from(bytes.as_ptr(), bytes.len()) };
             variables.push((name, at, bytes.len()));
         } else if let Some(kernel) = kernels.last_mut() {
-            kernel.waits |= !kernel.uses && line.trim() == WAIT;
-            kernel.uses |= uses_memory(line);
+            kernel.read(line);
         }
     }
     let handle = fresh();
