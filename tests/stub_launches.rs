@@ -9,18 +9,13 @@ use std::time::Duration;
 
 use stub::common::next;
 use stub::jobs::{Job, Kind, Order};
+use stub::life::seed;
 use stub::{Stub, on_stub};
 use tp_rs::comm::{CommOptions, Communicator, DType, Device, Stream};
 
 const EARLY: &str = "cuLaunchKernelEx";
 const PLAIN: &str = "cuLaunchKernel";
 const REFUSED: i32 = 801;
-
-/// A number that differs from run to run; printed with what failed.
-fn seed() -> u64 {
-    use std::hash::{BuildHasher, Hasher};
-    std::collections::hash_map::RandomState::new().build_hasher().finish()
-}
 
 struct Ranks {
     stub: &'static Stub,

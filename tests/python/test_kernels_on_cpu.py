@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import kernels_on_cpu
-from kernel_ranks import FLOATS, NAMES, Ranks, Tensor, groups_of, intervals_of, raw
+from kernel_ranks import FLOATS, NAMES, Ranks
+from kernel_tensors import Tensor, groups_of, intervals_of, raw
 from kernels_on_cpu import Call, Copies, Job, Kernels
 from tensors import summed
 

@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from kernel_ranks import FLOATS, LETTER_BYTES, Ranks, Tensor
+from kernel_ranks import FLOATS, LETTER_BYTES, Ranks
+from kernel_tensors import Tensor
 from kernels_on_cpu import DISAGREED, GETS, GIVES, TIMED_OUT, TOLD_BY_HOST, TOLD_BY_PEER, Kernels
 from test_kernels_on_cpu import REACH, reach_of
 from test_kernels_on_cpu import kernels as kernels  # noqa: PLC0414  the fixture

@@ -18,6 +18,7 @@
 pub(crate) mod common;
 pub(crate) mod inject;
 pub(crate) mod jobs;
+pub(crate) mod life;
 pub(crate) mod operate;
 pub(crate) mod place;
 
