@@ -8,8 +8,8 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// Stands first in every kernel that may be started while the one before it on its stream still ends: nothing in memory may
-// be used before it. The host puts `griddepcontrol.wait` in the place of the remark where devices know that instruction
+// Stands in every kernel that may be started while the one before it on its stream still ends: nothing in memory but the
+// parameters may be used before it. The host puts `griddepcontrol.wait` in the place of the remark where devices know that instruction
 // (src/comm/cuda/text.rs); compute_70, for which this is compiled, does not.
 __device__ __forceinline__ void wait_for_kernel_before() {
     asm volatile("// tp_rs: wait for the kernel before" ::: "memory");
