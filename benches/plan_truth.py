@@ -157,7 +157,7 @@ class Found:
 
     @property
     def held(self) -> int:
-        """What the driver had given it at most with recorded steps, blocks that torch keeps for later counted."""
+        """What the driver had given it at most with recorded steps, with blocks that torch keeps."""
         return self.kept + self.beside
 
     @property

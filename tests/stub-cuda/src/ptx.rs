@@ -33,7 +33,14 @@ pub(crate) struct Entry {
 
 impl Entry {
     fn new(name: String) -> Self {
-        Self { name, parameters: Vec::new(), waits: false, uses: false, labels: Vec::new(), ahead: Vec::new() }
+        Self {
+            name,
+            parameters: Vec::new(),
+            waits: false,
+            uses: false,
+            labels: Vec::new(),
+            ahead: Vec::new(),
+        }
     }
 
     /// Reads an instruction or a label, up to the wait.
