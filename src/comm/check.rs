@@ -83,6 +83,8 @@ pub(crate) fn alone(operation: &Operation<'_>, rank: usize, pair: &Pair, devices
             }
             if *root == rank {
                 call.shape(rank, "output", (rows, layout.total()), why)?;
+            } else {
+                call.shape(rank, "output", (0, 0), &only_root(*root))?;
             }
         }
         Operation::AllGather { layout } => {
@@ -101,6 +103,11 @@ pub(crate) fn alone(operation: &Operation<'_>, rank: usize, pair: &Pair, devices
         _ => {}
     }
     call.overlaps()
+}
+
+/// Why other ranks of a gather have no output.
+fn only_root(root: usize) -> String {
+    format!("nothing: rank {root} is the root, which alone gets anything")
 }
 
 struct Call<'a> {
@@ -242,7 +249,10 @@ impl Call<'_> {
             Operation::Gather { root, layout, .. } => {
                 let rows = self.parts(layout)?;
                 let why = format!("the columns of all ranks ({layout}) for as many rows as their parts have");
-                self.shape(*root, "output", (rows, layout.total()), &why)
+                self.shape(*root, "output", (rows, layout.total()), &why)?;
+                (0..self.ranks)
+                    .filter(|index| index != root)
+                    .try_for_each(|index| self.shape(index, "output", (0, 0), &only_root(*root)))
             }
             Operation::AllGather { layout } => {
                 let rows = self.parts(layout)?;

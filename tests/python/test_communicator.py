@@ -83,6 +83,25 @@ def test_gathers_put_columns_in_their_place(comm: Any, ranks: int, dtype: Any) -
     assert torch.equal(raw(last), raw(whole))
 
 
+def test_only_the_root_of_a_gather_may_have_a_target(comm: Any, ranks: int) -> None:
+    split = split_of([2] * ranks)
+    refused = []
+
+    def call(view: Any) -> None:
+        try:
+            view.gather(torch.ones(2), split, torch.empty(2 * ranks), root=0)
+        except tp_rs.InvalidInput as error:
+            refused.append(str(error))
+
+    in_threads(comm, ranks, call)
+    assert len(refused) == (ranks if ranks > 1 else 0)
+    wanted = "nothing: rank 0 is the root, which alone gets anything"
+    assert all("output of rank 1" in each and wanted in each for each in refused), refused
+    whole = torch.empty(2 * ranks)
+    in_threads(comm, ranks, lambda view: view.gather(torch.ones(2), split, None if view.rank else whole))
+    assert whole.tolist() == [1.0] * (2 * ranks)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_reduce_scatter_and_add_residual(comm: Any, ranks: int, dtype: Any) -> None:
     widths, dim, rows = widths_for(ranks), random.randint(1, 4), random.randint(1, 3)

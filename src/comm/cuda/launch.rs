@@ -20,7 +20,7 @@ use crate::split::activations::PIECE_DATA_BYTES;
 /// with `NVLink` were faster so up to 1 MiB while each 4 bytes had a number beside them; 12 have now.
 const PUSHED_BELOW: usize = 2 << 20;
 /// The same for two ranks that do not reach each other, of what a rank puts and takes together: an `all_reduce` counts
-/// twice. On two H100 pushing sums of 256 KiB and 1 MiB took 19 and 58 us and chunks 35 and 67; of 2 MiB 106 and 102, as
+/// twice. On two H100 pushing sums of 256 KiB and 1 MiB took 19 and 56 us and chunks 35 and 67; of 2 MiB 106 and 102, as
 /// pushed data takes a third more bytes on the way through host memory.
 const PUSHED_BELOW_APART: usize = 2 << 20;
 /// The same where more ranks do not all reach each other: each would push everything to all others.
@@ -208,8 +208,8 @@ impl Cuda {
     /// Ranks without tensors only come.
     fn nothing(&self) -> Prepared {
         let mut members = [Member::default(); MOST_RANKS];
-        for (member, record) in members.iter_mut().zip(&self.rooms.records) {
-            member.rank = *record;
+        for ((index, member), record) in (0..).zip(&mut members).zip(&self.rooms.records) {
+            (member.rank, member.index) = (*record, index);
         }
         Prepared { kernel: Kernel::Take, blocks: 1, call: Call::default(), members }
     }
