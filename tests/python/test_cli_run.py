@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,28 @@ def test_check_fails_on_a_model_with_a_wrong_weight(
     done = invoke(folder, "--prompt", PROMPT, *RANKS, "--max-new-tokens", "9", "--check")
     assert done.exit_code == 1
     assert "check FAILED" in " ".join(done.stdout.split())
+
+
+def test_steps_are_recorded_where_they_can_be(
+    folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on GPUs, where nobody asks for them.
+    monkeypatch.setattr(generation, "load", partial(load, capture=True))
+    arguments = ("--prompt", PROMPT, *RANKS, "--max-new-tokens", "12", "--context", "64", "--check")
+    done = invoke(folder, *arguments, "--json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["recorded_steps"] is True
+    assert said["tokens"] == generated(model, tokens_of(PROMPT), 12)
+    assert said["check"]["agrees"]
+    assert said["check"]["compared_tokens"] == 12
+    assert said["seconds"]["prefill"] > 0
+    for rank in said["ranks"][:2]:
+        assert rank["cache_bytes"] == rank["planned_cache_bytes"] > 0
+    done = invoke(folder, *arguments)
+    assert "the cache of the recorded steps has room for 64 tokens, 16 are in it" in " ".join(
+        done.stdout.split()
+    )
 
 
 def test_bfloat16_is_held_in_half_the_bytes(folder: Path, model: Any) -> None:

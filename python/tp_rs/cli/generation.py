@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Generated", "Request", "place_of", "run"]
 
 _DEFAULT_TOKENS = 128
+_HANDED_OUT = {"return_dict_in_generate", "output_logits"}
+"""What is asked of `generate` beside the tokens."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Generated:
     """Bytes by which the process grew at most, None where the system does not tell."""
     on_devices: dict[str, int]
     """Bytes that the process took on each CUDA device at most."""
+    recorded: bool
+    """Whether it ran in recorded steps."""
     comparison: comparison.Comparison | None
 
 
@@ -88,6 +92,8 @@ def run(request: Request, write: Callable[[str], None] | None) -> Generated:
                 context=request.plan.context,
                 dtype=None if request.dtype is None else getattr(torch, request.dtype),
                 progress=tell,
+                # Where steps are recorded, that is part of loading.
+                warmup=[1],
             )
         try:
             load_seconds = time.perf_counter() - start
@@ -95,14 +101,19 @@ def run(request: Request, write: Callable[[str], None] | None) -> Generated:
             if request.seed is not None:
                 torch.manual_seed(request.seed)
             inputs = {name: value.to(front.device) for name, value in inputs.items()}
+            recorded = bool(front.tp_rs_runner.capture.caches())
+            # Steps do not hand their cache out; without them it is asked for, to be counted.
+            plain = {name: value for name, value in options.items() if name not in _HANDED_OUT}
             result: Any = None
             try:
-                result = front.generate(**inputs, **options, streamer=recorder)
+                result = front.generate(**inputs, **(plain if recorded else options), streamer=recorder)
             except KeyboardInterrupt:
                 recorder.end()
-            held = memory.held(front, None if result is None else result.past_key_values)
+            held = memory.held(front, getattr(result, "past_key_values", None))
             grown = growth.bytes()
             on_devices = memory.on_devices(front)
+            if recorded and request.check and result is not None:
+                result = front.generate(**inputs, **options)
             kind, config, device = type(front).__mro__[1], front.config, front.device
         finally:
             front.unload()
@@ -130,6 +141,7 @@ def run(request: Request, write: Callable[[str], None] | None) -> Generated:
         held=held,
         grown=grown,
         on_devices=on_devices,
+        recorded=recorded,
         comparison=compared,
     )
 

@@ -26,7 +26,8 @@ class Held:
     weights: int
     """Parameters and buffers."""
     cache: int | None
-    """Keys, values and states after the last token, at which a cache is largest; None where there is none."""
+    """Keys, values and states after the last token, at which a cache is largest; of recorded steps all that
+    they have room for. None where there is none."""
 
 
 def held(front: Any, cache: Any) -> list[Held]:
@@ -34,10 +35,11 @@ def held(front: Any, cache: Any) -> list[Held]:
 
     Args:
         front: A model from `load`.
-        cache: The cache that its `generate` returned.
+        cache: The cache that its `generate` returned; None takes that of the recorded steps.
     """
-    models = front.tp_rs_runner.models
-    caches = getattr(cache, "caches", None) or [None] * len(models)
+    runner = front.tp_rs_runner
+    models = runner.models
+    caches = getattr(cache, "caches", None) or runner.capture.caches() or [None] * len(models)
     return [
         Held(
             weights=_bytes(chain(model.parameters(), model.buffers())),
@@ -87,19 +89,29 @@ def _status(field: str) -> int | None:
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    # Tied weights are one tensor under two names.
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    # Tied weights are one tensor under two names, and a cache may hold views of its memory.
+    largest: dict[int, int] = {}
+    for tensor in tensors:
+        largest[tensor.data_ptr()] = max(tensor.nbytes, largest.get(tensor.data_ptr(), 0))
+    return sum(largest.values())
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
     """The tensors of a cache: they lie in its layers' attributes, whatever kind of layer it is."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        # Layers may know their cache.
+        return
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for each in value.values():
-            yield from _tensors(each)
+            yield from _tensors(each, seen)
     elif isinstance(value, (list, tuple)):
         for each in value:
-            yield from _tensors(each)
+            yield from _tensors(each, seen)
     elif type(value).__module__.startswith(("transformers", "tp_rs.")):
-        yield from _tensors({key: each for key, each in vars(value).items() if not key.startswith("__")})
+        seen.add(id(value))
+        for name, each in vars(value).items():
+            if not name.startswith("__"):
+                yield from _tensors(each, seen)

@@ -54,6 +54,7 @@ def as_dict(plan: Plan, done: Generated) -> dict[str, Any]:
         ],
         "process_growth_bytes": done.grown,
         "device_bytes": done.on_devices,
+        "recorded_steps": done.recorded,
         "check": None
         if compared is None
         else {
@@ -109,10 +110,12 @@ def _memory(plan: Plan, done: Generated) -> list[str]:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     tokens = done.prompt_tokens + max(len(done.tokens) - 1, 0)
-    lines += _wrapped(
-        f"MiB of each rank's own tensors, counted one by one; the cache has {tokens} tokens in it, the plan "
-        f"has room for {plan.context}"
+    room = (
+        f"the cache of the recorded steps has room for {plan.context} tokens, {tokens} are in it"
+        if done.recorded
+        else f"the cache has {tokens} tokens in it, the plan has room for {plan.context}"
     )
+    lines += _wrapped(f"MiB of each rank's own tensors, counted one by one; {room}")
     for device, taken in done.on_devices.items():
         counted = sum(rank.total for rank in plan.ranks if rank.device == device)
         lines += _wrapped(

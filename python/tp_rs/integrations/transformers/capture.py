@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from tp_rs.integrations.transformers.execution import Ranks
     from tp_rs.integrations.transformers.recorder import Recorder
+    from tp_rs.integrations.transformers.static_cache import StaticCache
 
 __all__ = ["Capture", "checked_batches"]
 
@@ -180,6 +181,10 @@ class Capture:
             captured = self.ready(batch, max(1, self.room.tokens // batch) if limit else _WITHOUT_LIMIT)
             if captured is not None:
                 captured.warm(batch)
+
+    def caches(self) -> list[StaticCache]:
+        """The steps' memory for keys and values, one a rank; none where there are no steps."""
+        return [] if self._captured is None else [seat.cache for seat in self._captured.seats]
 
     def make_way(self) -> bool:
         """Give the memory back if what runs without steps needs it by the plan; returns whether it was given.
