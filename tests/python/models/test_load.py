@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 import tp_rs
 from tp_rs.errors import DoesNotFit, InvalidInput, ModelError, TPError
 from tp_rs.integrations.transformers import Splits, assemble, selfcheck
+from tp_rs.integrations.transformers.room import require_free
 from tp_rs.integrations.transformers.twin import make_twin
 
 SPLITS = Splits.of(kv=[2, 1], intermediate=[40, 24], vocabulary=[60, 37], groups=2)
@@ -111,6 +112,29 @@ def test_plans_that_cannot_be_used(model, folder):
     front = tp_rs.load(folder, small_budgets, CPUS, force=True)
     assert_runs(front, model)
     front.unload()
+
+
+def test_a_plan_for_memory_that_is_not_there(folder, monkeypatch):
+    plan = tp_rs.plan(folder, [2.0, 3.0, 2.5], devices=["cuda:0", "cuda:1", "cuda:0"], context=32)
+    places = [torch.device(rank.device) for rank in plan.ranks]
+    needed = [rank.total - rank.items["framework"] for rank in plan.ranks]
+    needed = {"cuda:0": needed[0] + needed[2], "cuda:1": needed[1]}
+    kept, used = random.randrange(1 << 20), 1 << 19
+    free = {name: size - kept + used for name, size in needed.items()}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free[str(place)], 1 << 40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: kept)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: used)
+    require_free(plan, places)
+    # Splits say nothing of memory.
+    require_free(SPLITS, places)
+    for short in needed:
+        before = free[short]
+        free[short] -= 1 + random.randrange(1000)
+        with pytest.raises(
+            DoesNotFit, match=rf"{short}: the plan counts \d+ MiB .* MiB are free; .*gpu_split"
+        ):
+            require_free(plan, places)
+        free[short] = before
 
 
 @pytest.mark.parametrize("cache", ["8bit", "q8", "q6", "q4"])

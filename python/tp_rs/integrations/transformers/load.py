@@ -20,7 +20,7 @@ from tp_rs.integrations.transformers.captured import Room
 from tp_rs.integrations.transformers.checkpoint import Checkpoint, open_checkpoint
 from tp_rs.integrations.transformers.execution import timeout_of
 from tp_rs.integrations.transformers.layout import Guesses
-from tp_rs.integrations.transformers.room import require_room
+from tp_rs.integrations.transformers.room import require_free, require_room
 from tp_rs.integrations.transformers.rules import warn_of_whole
 from tp_rs.integrations.transformers.streams import give_back
 from tp_rs.integrations.transformers.verified import VERIFIED
@@ -101,7 +101,7 @@ def load(
             weights=checkpoint.dtype,
             cache=cache_of(checkpoint.dtype, cache),
         )
-    places = _places(plan, devices)
+    places = _places(plan, devices, force=force)
     guesses = Guesses.ALL
     unknown = checkpoint.config.get_text_config().model_type not in VERIFIED
     if check or (check is None and unknown):
@@ -188,7 +188,7 @@ def _check_context(checkpoint: Checkpoint, context: Any, plan: SplitSource | Non
         raise InvalidInput(message)
 
 
-def _places(plan: SplitSource, devices: Iterable[object] | None) -> list[torch.device]:
+def _places(plan: SplitSource, devices: Iterable[object] | None, *, force: bool) -> list[torch.device]:
     count = 1 + max(
         rank for split in (plan.q_split, plan.id_split, plan.vc_split, plan.rs_split) for rank, _, _ in split
     )
@@ -211,6 +211,8 @@ def _places(plan: SplitSource, devices: Iterable[object] | None) -> list[torch.d
         )
         raise InvalidInput(message)
     _check_gpus(places)
+    if not force:
+        require_free(plan, places)
     return places
 
 

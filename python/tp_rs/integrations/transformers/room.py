@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tp_rs.errors import DoesNotFit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
 
     from tp_rs.integrations.transformers.checkpoint import Checkpoint
     from tp_rs.integrations.transformers.layout import Layout
 
-__all__ = ["part_bytes", "require_room", "weight_bytes"]
+__all__ = ["part_bytes", "require_free", "require_room", "weight_bytes"]
 
 _log = logging.getLogger("tp_rs.transformers")
 
@@ -88,3 +90,31 @@ def require_room(
             dtype,
             remedy,
         )
+
+
+def require_free(plan: Any, places: Sequence[torch.device]) -> None:
+    """Compare what a plan counts with what is free on CUDA devices: budgets may be more than there is.
+
+    CUDA's own part is left out, as some of it may be there already. A plan that breaks its own budgets is
+    refused elsewhere.
+
+    Raises:
+        DoesNotFit: A device has less.
+    """
+    if not getattr(plan, "fits", False):
+        return
+    wanted: dict[torch.device, int] = {}
+    for rank, place in zip(plan.ranks, places, strict=False):
+        if place.type == "cuda":
+            wanted[place] = wanted.get(place, 0) + rank.total - rank.items.get("framework", 0)
+    for place, size in wanted.items():
+        free = torch.cuda.mem_get_info(place)[0]
+        # Torch has taken that and does not use it.
+        free += torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        if size > free:
+            message = (
+                f"{place}: the plan counts {size / _MIB:.0f} MiB beside what CUDA takes itself, and "
+                f"{free / _MIB:.0f} MiB are free; free what else is on it, leave gpu_split out to use "
+                "what is free, or plan with smaller budgets"
+            )
+            raise DoesNotFit(message)
