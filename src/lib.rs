@@ -1,14 +1,15 @@
 //! Tensor parallelism in one process, over devices that need not match.
 //!
-//! This version plans: from a checkpoint's headers, without reading a weight, it finds the fastest split over unequal
-//! devices and says to the byte what every rank will hold, whether that fits, and the largest context that would.
+//! It plans: from a checkpoint's headers, without reading a weight, it finds the fastest split over unequal devices and
+//! says to the byte what every rank will hold, whether that fits, and the largest context that would. And it moves and
+//! sums what ranks have, on host memory and on CUDA devices.
 //!
 //! | room | what it does |
 //! |---|---|
 //! | [`model`] | what a split must know of a model, from configurations and headers |
 //! | [`split`] | arithmetic: splits, the solver, memory, plans |
 //! | [`device`] | devices: which there are, what is free on them, how fast their memory is |
-//! | [`comm`] | moves and sums tensors between the ranks of this process, on host memory |
+//! | [`comm`] | moves and sums tensors between the ranks of this process, on host memory and, with `cuda`, on CUDA devices |
 //! | [`error`] | the one error type |
 //!
 //! ```no_run
