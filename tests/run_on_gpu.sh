@@ -61,7 +61,7 @@ echo "$gpus GPU(s)"
 ((gpus > 0)) || { echo 'no GPU that torch can use: nothing to run' >&2; exit 1; }
 mapfile -t devices < <(for ((i = 0; i < gpus; i++)); do echo "cuda:$i"; done)
 
-models=(tests/python/gpu/test_{models,plans,captured,products,uneven}_on_gpu.py)
+models=(tests/python/gpu/test_{models,plans,captured,products,uneven,command}_on_gpu.py)
 wants tests && step tests 360 "${pytest[@]}" -rf --durations=10 "${models[@]/#/--ignore=}" tests/python/gpu
 # With several GPUs most of them run twice.
 wants models && step models $((gpus > 1 ? 900 : 600)) "${pytest[@]}" -rf --durations=10 "${models[@]}"
