@@ -173,6 +173,25 @@ def test_steps_are_recorded_where_they_can_be(
     )
 
 
+def test_steps_that_are_given_up_are_not_said_to_have_run(
+    folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def giving_up(*args: Any, **kwargs: Any) -> Any:
+        front = load(*args, capture=True, **kwargs)
+        capture = front.tp_rs_runner.capture
+        monkeypatch.setattr(capture, "ready", lambda *_: capture.refuse("a test wants it"))
+        return front
+
+    monkeypatch.setattr(generation, "load", giving_up)
+    done = invoke(folder, "--prompt", PROMPT, *RANKS, "--max-new-tokens", "12", "--check", "--json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["recorded_steps"] is False
+    assert said["tokens"] == generated(model, tokens_of(PROMPT), 12)
+    assert said["check"]["agrees"]
+    assert [rank["cache_bytes"] for rank in said["ranks"]] == [None] * 3
+
+
 def test_bfloat16_is_held_in_half_the_bytes(folder: Path, model: Any) -> None:
     weights = []
     for dtype in ("float32", "bfloat16"):

@@ -101,18 +101,21 @@ def run(request: Request, write: Callable[[str], None] | None) -> Generated:
             if request.seed is not None:
                 torch.manual_seed(request.seed)
             inputs = {name: value.to(front.device) for name, value in inputs.items()}
-            recorded = bool(front.tp_rs_runner.capture.caches())
-            # Steps do not hand their cache out; without them it is asked for, to be counted.
-            plain = {name: value for name, value in options.items() if name not in _HANDED_OUT}
+            steps, asked = front.tp_rs_runner.capture, options
+            if steps.caches():
+                # They do not hand their cache out; without them it is asked for, to be counted.
+                asked = {name: value for name, value in options.items() if name not in _HANDED_OUT}
             result: Any = None
             try:
-                result = front.generate(**inputs, **(plain if recorded else options), streamer=recorder)
+                result = front.generate(**inputs, **asked, streamer=recorder)
             except KeyboardInterrupt:
                 recorder.end()
+            # They may have been given up meanwhile.
+            recorded = bool(steps.caches())
             held = memory.held(front, getattr(result, "past_key_values", None))
             grown = growth.bytes()
             on_devices = memory.on_devices(front)
-            if recorded and request.check and result is not None:
+            if request.check and asked is not options and result is not None:
                 result = front.generate(**inputs, **options)
             kind, config, device = type(front).__mro__[1], front.config, front.device
         finally:
