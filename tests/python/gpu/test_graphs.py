@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from contextlib import ExitStack
 
 import pytest
 
@@ -163,6 +164,73 @@ def test_a_captured_list_call_replays():
         synchronize()
         for tensor in tensors:
             assert torch.equal(bits(tensor), bits(summed(parts)))
+
+
+def capture_together(streams, work):
+    """A graph of what `work` does on a stream a GPU: the others fork from the first and join it again."""
+    graph = torch.cuda.CUDAGraph()
+    with ExitStack() as current:
+        for stream in streams:
+            current.enter_context(torch.cuda.stream(stream))
+        with torch.cuda.graph(graph, stream=streams[0]):
+            for stream in streams[1:]:
+                stream.wait_stream(streams[0])
+            work()
+            for stream in streams[1:]:
+                streams[0].wait_stream(stream)
+    return graph
+
+
+def assert_eager_sums(place, comm):
+    """A list call beside replays."""
+    parts = [random_tensor((4, 777), torch.float32, seed()) for _ in comm.devices]
+    tensors = place.put(parts)
+    comm.all_reduce(tensors)
+    comm.wait()
+    for tensor in tensors:
+        assert torch.equal(bits(tensor), bits(summed(parts)))
+
+
+# Small, through memory of the ranks, and what copy engines carry where there is no peer access.
+@pytest.mark.parametrize("width", [24, 5000, 300000])
+@pytest.mark.parametrize("peers", PEERS)
+def test_one_graph_of_the_ranks_of_all_gpus(spread, peers, width):
+    ranks, rows = spread.gpus, 4
+    comm = spread.make(ranks, peers=peers)
+    split = split_of([width] * ranks)
+    wholes = [torch.zeros(rows, width * ranks, device=spread.on(rank)) for rank in range(ranks)]
+    parts = [torch.zeros(rows, width, device=spread.on(rank)) for rank in range(ranks)]
+    streams = spread.streams(ranks)
+    synchronize()
+
+    def work():
+        for _ in range(2):
+            comm.all_reduce(wholes)
+            for whole in wholes:
+                whole.mul_(0.5)
+            comm.reduce_scatter(wholes, parts, split)
+            for part in parts:
+                part.neg_()
+            comm.all_gather(parts, split, wholes)
+            wholes[-1].add_(1)
+            comm.broadcast(wholes[-1], wholes)
+
+    graph = capture_together(streams, work)
+    for times in (1, 2, 1, 3):
+        values = [random_tensor((rows, width * ranks), torch.float32, seed()) for _ in range(ranks)]
+        for whole, value in zip(wholes, values, strict=True):
+            whole.copy_(value)
+        synchronize()
+        with torch.cuda.stream(streams[0]):
+            for _ in range(times):
+                graph.replay()
+        synchronize()
+        comm.check()
+        for _ in range(2 * times):
+            values = [1 - summed([summed(values) * 0.5] * ranks)] * ranks
+        for whole in wholes:
+            assert torch.equal(bits(whole), bits(values[0])), times
+        assert_eager_sums(spread, comm)
 
 
 def test_captures_on_a_stream_of_a_list_call_are_no_run_ahead():
