@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from gpus import catalogue as names  # noqa: E402
-from gpus import report, tune, workers  # noqa: E402
+from gpus import links, report, tune, workers  # noqa: E402
 from gpus.data import WrongResultError  # noqa: E402
 from gpus.one_process import Work  # noqa: E402
 
@@ -145,3 +145,12 @@ def test_the_tuner_finds_where_algorithms_cross_and_the_best_value() -> None:
     for wrong in ("pushed_below", "=1", "a b=1", "pushed_below=x"):
         with pytest.raises(argparse.ArgumentTypeError, match="wanted NAME=NUMBER"):
             tune.knob_of(wrong)
+
+
+def test_a_table_of_links() -> None:
+    found = {8: {"copy engines": {"us": 31.25}}, 32: {"copy engines": {"us": 104.0}}}
+    assert links.table(found).lines == [["copy engines", "31.2", "104"]]
+    assert links.parse([]).mib == [8, 32]
+    for wrong in ("0", "-1", "eight", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="wanted a whole number from 1 on"):
+            links.positive(wrong)
