@@ -103,11 +103,24 @@ def over(shape: dict[str, Any], splits: SplitSource, devices: Sequence[torch.dev
         with torch.device(device):
             model = kind._from_config(config, dtype=torch.float16).eval()  # noqa: SLF001  no public name
         model.generation_config.eos_token_id = None
+        _lay_together(model)
         wire(model, layout, ranks.link(rank), {})
         models.append(model)
     front = make_front(models, ranks, list(devices), layout.lead())
     front.tp_rs_runner.capture.room = Room(tokens=CAPACITY)
     return front
+
+
+def _lay_together(model: Any) -> None:
+    """Put weights into one piece where a loaded model has them so."""
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        for modules in (projections, [mlp.gate_proj, mlp.up_proj]):
+            together = torch.cat([module.weight.detach() for module in modules])
+            parts = together.split([len(module.weight) for module in modules])
+            for module, part in zip(modules, parts, strict=True):
+                module.weight = torch.nn.Parameter(part, requires_grad=False)
 
 
 def whole(shape: dict[str, Any]) -> Any:

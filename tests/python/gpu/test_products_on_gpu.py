@@ -13,7 +13,13 @@ from torch import nn  # noqa: E402
 
 from tp_rs.integrations.transformers import load, selfcheck  # noqa: E402
 from tp_rs.integrations.transformers.product_kernel import product  # noqa: E402
-from tp_rs.integrations.transformers.products import OneRow, multiply, one_row_products  # noqa: E402
+from tp_rs.integrations.transformers.products import (  # noqa: E402
+    OneRow,
+    find_stacks,
+    multiply,
+    one_row_products,
+    stacked_products,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -138,5 +144,28 @@ def test_steps_in_half_precision_agree_with_the_whole_model(dtype, compiled, kv,
             steps.decode(token, [length])
             ids = torch.cat([ids, token], dim=1)
         assert not steps.failures
+    finally:
+        front.unload()
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [("llama", torch.float16), ("qwen2", torch.float32)])
+def test_loaded_layers_of_one_input_are_one_product(architecture, dtype, place):
+    model = made(architecture).to(dtype)
+    front = load(model, plan=uneven(model, [2, 1]), devices=place.devices(2), check=False)
+    try:
+        for rank in front.tp_rs_runner.models:
+            stacks = find_stacks(rank)
+            # Queries, keys and values; gate and up.
+            assert sorted(len(stack.modules) for stack in stacks) == [2] * 4 + [3] * 4
+            for stack in stacks:
+                device = stack.weight.device
+                for rows in (1, 5):
+                    hidden = torch.randn(rows, stack.weight.shape[1], device=device, dtype=dtype)
+                    with torch.inference_mode(), torch.cuda.device(device), stacked_products([stack], rows):
+                        own = [module(hidden) for module in stack.modules]
+                    for part, module in zip(own, stack.modules, strict=True):
+                        for got, given in zip(part, hidden, strict=True):
+                            assert close(got, given, module.weight, module.bias)
+                assert not stack.apart
     finally:
         front.unload()

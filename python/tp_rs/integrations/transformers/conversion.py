@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 
 from tp_rs.errors import ModelError
 from tp_rs.integrations.transformers.sources import Counter, Part, Source
+from tp_rs.integrations.transformers.stacks import Stacks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,10 +119,28 @@ class Conversion:
         """The uncut skeleton."""
         return self._model
 
+    def stacks(self, layout: Layout, rank: int) -> Stacks:
+        """What a rank can hold in one piece: of what is kept as it is read."""
+        single = {name: self._sources[keys[0]] for name, keys in self._plain.items() if len(keys) == 1}
+        return Stacks(self._model, layout, rank, single)
+
     def state(
-        self, layout: Layout, rank: int, counter: Counter, upload: Upload | None = None
+        self,
+        layout: Layout,
+        rank: int,
+        counter: Counter,
+        upload: Upload | None = None,
+        stacks: Stacks | None = None,
     ) -> dict[str, Any]:
-        """What a rank's `from_pretrained` gets as its state dict. With `upload`, what is read goes there."""
+        """What a rank's `from_pretrained` gets as its state dict.
+
+        Args:
+            layout: How the model is cut.
+            rank: Which rank.
+            counter: Told of what is read.
+            upload: Where it goes. None leaves it in host memory.
+            stacks: What lies together there.
+        """
         state: dict[str, Any] = {}
         for name, keys in self._plain.items():
             if self._tied.get(name) in self._plain:
@@ -132,7 +151,8 @@ class Conversion:
                 self._check(name, key)
                 cuts: dict[int, Sequence[Interval]] = {} if cut is None else {cut.dim: cut.ranks[rank]}
                 dtype = self._dtypes.get(name)
-                state[key] = Part(self._sources[key], cuts, counter, upload=upload, dtype=dtype)
+                piece = None if stacks is None else stacks.piece(name)
+                state[key] = Part(self._sources[key], cuts, counter, upload=upload, dtype=dtype, piece=piece)
         share = _Share(rank, counter, upload)
         for group in self._groups.values():
             targets = self._targets(group.name, group.converter)

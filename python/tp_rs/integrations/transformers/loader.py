@@ -56,10 +56,11 @@ def load_rank(
         ModelError: Weights are missing or do not fit the configuration.
         torch.OutOfMemoryError: The device has no room for them.
     """
-    upload = None
+    upload = stacks = None
     if device.type == "cuda":
-        upload = Upload(device, part_bytes(conversion.model, layout, rank))
-    state = conversion.state(layout, rank, counter or Counter(), upload)
+        stacks = conversion.stacks(layout, rank)
+        upload = Upload(device, stacks.together(part_bytes(conversion.model, layout, rank)))
+    state = conversion.state(layout, rank, counter or Counter(), upload, stacks)
     kind: Any = _cut_class(checkpoint.kind, layout, rank)
     with _building, _quiet(), nullcontext() if upload is None else upload.at_home():
         try:

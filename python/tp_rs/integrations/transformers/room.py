@@ -29,17 +29,17 @@ _NOTABLE = 1.01
 """Padding and buffers that only one side counts stay below this."""
 
 
-def part_bytes(skeleton: PreTrainedModel, layout: Layout, rank: int) -> Iterator[int]:
-    """Bytes of each of a rank's parameters as they are held, shared ones once."""
+def part_bytes(skeleton: PreTrainedModel, layout: Layout, rank: int) -> Iterator[tuple[str, int]]:
+    """Names of a rank's parameters, shared ones once, and the bytes of each as they are held."""
     for name, parameter in skeleton.named_parameters():
         cut = layout.cuts.get(name)
         size = parameter.numel() * parameter.element_size()
-        yield size if cut is None else size // parameter.shape[cut.dim] * cut.size(rank)
+        yield name, size if cut is None else size // parameter.shape[cut.dim] * cut.size(rank)
 
 
 def weight_bytes(skeleton: PreTrainedModel, layout: Layout, rank: int) -> int:
     """Bytes of a rank's parameters as they are held, shared ones once."""
-    return sum(part_bytes(skeleton, layout, rank))
+    return sum(size for _, size in part_bytes(skeleton, layout, rank))
 
 
 def require_room(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tp_rs.integrations.transformers.fused import Fused
-from tp_rs.integrations.transformers.products import one_row_products
+from tp_rs.integrations.transformers.products import find_stacks, one_row_products, stacked_products
 from tp_rs.integrations.transformers.static_attention import OWN
 from tp_rs.integrations.transformers.static_cache import StaticCache
 from tp_rs.integrations.transformers.static_step import Shape, StaticStep
@@ -55,6 +55,7 @@ class Seat:
         self._inputs: dict[tuple[int, int], _Inputs] = {}
         self._configs = list({id(each): each for each in map(_config, model.modules()) if each}.values())
         self._own = own
+        self._stacks = find_stacks(model)
         self._fused = Fused(model) if compiled else None
         decoder = model.config.get_text_config(decoder=True)
         self._kinds = dict(zip(getattr(decoder, "layer_types", None) or (), windows, strict=False))
@@ -82,7 +83,9 @@ class Seat:
             settings.enter_context(self.cache.during(step, capacity))
             settings.enter_context(self._attention())
             settings.enter_context(self._experts(shape))
-            if shape.batch * shape.tokens == 1:
+            rows = shape.batch * shape.tokens
+            settings.enter_context(stacked_products(self._stacks, rows))
+            if rows == 1:
                 settings.enter_context(one_row_products(self.model.modules()))
             if self._fused:
                 settings.enter_context(self._fused.active())

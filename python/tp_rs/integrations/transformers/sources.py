@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from tp_rs.integrations.transformers.splits import Interval
+    from tp_rs.integrations.transformers.stacks import Piece
     from tp_rs.integrations.transformers.upload import Upload
 
 __all__ = ["Counter", "Part", "Source", "TensorSource", "dtype_name"]
@@ -101,6 +102,7 @@ class Part:
         counter: Told of what is read.
         upload: Where the part goes. None leaves it in host memory.
         dtype: What the model keeps the part as, just as it is read; None if it makes something else of it.
+        piece: Where the part goes instead of memory of its own, if it is kept.
     """
 
     def __init__(
@@ -111,12 +113,14 @@ class Part:
         *,
         upload: Upload | None = None,
         dtype: torch.dtype | None = None,
+        piece: Piece | None = None,
     ) -> None:
         self._source = source
         self._cuts = cuts
         self._counter = counter
         self._upload = upload
         self._dtype = dtype
+        self._piece = piece
 
     def get_shape(self) -> list[int]:
         """The shape after cutting."""
@@ -151,7 +155,11 @@ class Part:
         for source, place in self._pieces():
             piece: torch.Tensor = read(source)
             if target is None:
-                target = upload.room(self.get_shape(), piece.dtype, stays=piece.dtype == self._dtype)
+                stays = piece.dtype == self._dtype
+                if self._piece is not None and stays:
+                    target = self._piece.room(upload)
+                else:
+                    target = upload.room(self.get_shape(), piece.dtype, stays=stays)
             upload.put(piece, target[place], mapped=getattr(self._source, "mapped", False))
             self._count(piece)
         if target is None:
