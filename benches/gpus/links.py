@@ -36,7 +36,7 @@ class Way(NamedTuple):
     name: str
     calls: list[Callable[[], object]]
     check: Callable[[], bool]
-    # Called one after the other: torch's copies to host memory end a capture.
+    # Called one after the other: torch's copies beyond a device mark streams that a capture does not know.
     eager: bool = False
 
 
@@ -123,7 +123,7 @@ class Pair:
     def by_engines(self) -> Way:
         """The driver's copies from device to device."""
         calls = [self._on(rank, self._copy(self.come[1 - rank], self.have[rank])) for rank in range(2)]
-        return Way("copy engines", calls, self.came)
+        return Way("copy engines", calls, self.came, eager=True)
 
     def by_host(self) -> Way:
         """Copies to pinned memory and from it, on two streams that fork from the rank's."""
