@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, Final, Literal, final
 
 __all__ = [
@@ -41,6 +42,7 @@ def plan(
     attention_footprint: Sequence[int] | None = None,
 ) -> Plan: ...
 def integer_split(total: int, ratios: Iterable[float], minimum: int | None = None) -> list[int]: ...
+def safetensors_files(path: str | PathLike[str]) -> list[Path]: ...
 def cuda_devices() -> list[CudaDevice]: ...
 
 @final

@@ -72,6 +72,28 @@ pub fn find(path: &Path) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
+/// The safetensors files that [`find`] reads at `path`; none where there is only a GGUF file or a configuration.
+///
+/// # Errors
+///
+/// As for [`find`], but no file of tensors is opened.
+pub fn safetensors_files(path: &Path) -> Result<Vec<PathBuf>> {
+    let kind = std::fs::metadata(path).map_err(|source| unreadable(path, source))?;
+    let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+    if !kind.is_dir() {
+        return match name {
+            _ if name.ends_with(".index.json") => index::files(path),
+            _ if has_extension(path, "safetensors") => folder::parts(path),
+            _ => Ok(Vec::new()),
+        };
+    }
+    match folder::choose(path, &folder::names(path)?)? {
+        Some(Weights::Index(path)) => index::files(&path),
+        Some(Weights::Safetensors(paths)) => Ok(paths),
+        Some(Weights::Gguf(_)) | None => Ok(Vec::new()),
+    }
+}
+
 fn find_in_folder(folder: &Path) -> Result<Checkpoint> {
     let names = folder::names(folder)?;
     let mut checkpoint = configs(folder)?;

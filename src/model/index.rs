@@ -34,6 +34,16 @@ pub fn read(path: &Path) -> Result<Vec<RawTensor>> {
     Ok(tensors.into_iter().flatten().collect())
 }
 
+/// The shards that an index names, sorted, each of which is there.
+///
+/// # Errors
+///
+/// Those of [`read`] that need no shard to be opened.
+pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
+    let text = read_whole(path, FORMAT, MAX_INDEX)?;
+    Ok(shards(&text, path)?.into_keys().collect())
+}
+
 /// Calls `visit` with every tensor of an index and the name of its shard, in the order of the text.
 ///
 /// Takes no memory beside the text but for strings that have escapes in them. `path` is named in errors.

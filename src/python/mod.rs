@@ -14,6 +14,8 @@ mod shape;
 mod streams;
 mod tensors;
 
+use std::path::PathBuf;
+
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -63,6 +65,12 @@ fn integer_split(
     errors::guarded(py, || crate::split::integer_split(total, &ratios, minimum))
 }
 
+/// The safetensors files that planning reads at `path`, so that loading reads the same.
+#[pyfunction]
+fn safetensors_files(py: Python<'_>, path: PathBuf) -> PyResult<Vec<PathBuf>> {
+    errors::guarded(py, move || crate::model::checkpoint::safetensors_files(&path))
+}
+
 /// A CUDA device that the driver shows to this process.
 #[pyclass(module = "tp_rs._native", frozen, get_all)]
 struct CudaDevice {
@@ -109,6 +117,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(make_plan, module)?)?;
     module.add_function(wrap_pyfunction!(integer_split, module)?)?;
+    module.add_function(wrap_pyfunction!(safetensors_files, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_devices, module)?)?;
     module.add_class::<CudaDevice>()?;
     module.add_class::<shape::ModelShape>()?;

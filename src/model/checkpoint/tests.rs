@@ -161,3 +161,36 @@ fn what_is_no_file_is_not_opened() {
     let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
     assert!(refusal(&path).contains("neither a file nor a folder"));
 }
+
+#[test]
+fn files_are_those_whose_tensors_are_found() {
+    let sets: [&[&str]; 5] = [
+        &["model.safetensors", "model_old.safetensors", "adapter_model.safetensors"],
+        &["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "other.safetensors"],
+        &["weights.safetensors", "consolidated.safetensors"],
+        &["config.json", "adapter_model.safetensors"],
+        &["x.gguf"],
+    ];
+    for names in sets {
+        let folder = folder(names);
+        let named = |path: &Path| -> Vec<String> {
+            let files = safetensors_files(path).unwrap();
+            files.iter().map(|file| file.file_name().unwrap().to_string_lossy().into_owned()).collect()
+        };
+        assert_eq!(named(folder.path()), tensors(&find(folder.path()).unwrap()), "{names:?}");
+        for name in names.iter().filter(|name| name.ends_with(".safetensors")) {
+            let path = folder.path().join(name);
+            assert_eq!(named(&path), tensors(&find(&path).unwrap()), "{name}");
+        }
+    }
+    let folder = folder(&["b.safetensors", "a.safetensors"]);
+    assert!(safetensors_files(folder.path()).unwrap_err().to_string().contains("name the file that is meant"));
+    index(&folder, &["b.safetensors", "a.safetensors"]);
+    let index = folder.path().join("model.safetensors.index.json");
+    let both = [folder.path().join("a.safetensors"), folder.path().join("b.safetensors")];
+    assert_eq!(safetensors_files(&index).unwrap(), both);
+    assert_eq!(safetensors_files(folder.path()).unwrap(), both);
+    fs::remove_file(&both[0]).unwrap();
+    let error = safetensors_files(folder.path()).unwrap_err();
+    assert!(matches!(error, Error::MissingShard { .. }), "{error}");
+}

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 from architectures import small
+from safetensors.torch import load_file, save_file
 from test_architectures import ranked
 from transformers import AutoModelForCausalLM
 
 from tp_rs.errors import InvalidInput, ModelError
-from tp_rs.integrations.transformers import Splits, gguf, load, selfcheck
+from tp_rs.integrations.transformers import Splits, gguf, load, selfcheck, sources
 from tp_rs.integrations.transformers.assemble import decide
 from tp_rs.integrations.transformers.checkpoint import open_checkpoint
 from tp_rs.integrations.transformers.conversion import Conversion
 from tp_rs.integrations.transformers.loader import load_rank
-from tp_rs.integrations.transformers.sources import Counter, Part, TensorSource
+from tp_rs.integrations.transformers.sources import Counter, Part, TensorSource, same_values
 from tp_rs.integrations.transformers.twin import make_twin
 
 
@@ -241,7 +242,7 @@ def test_shapes_that_contradict_the_configuration(folder):
 def test_a_shard_that_is_not_there(folder):
     _, path = folder("llama")
     sorted(path.glob("*.safetensors"))[1].unlink()
-    with pytest.raises(ModelError, match="which is not there"):
+    with pytest.raises(ModelError, match=r"is not there|does not exist|missing"):
         load(path, plan=SPLITS, check=False)
 
 
@@ -265,3 +266,104 @@ def test_gguf_of_other_architectures(tmp_path):
     write_llama(library, tmp_path / "small.gguf", small("llama"), "gemma2")
     with pytest.raises(ModelError, match=r"'gemma2' is not read in parts"):
         load(tmp_path / "small.gguf", plan=SPLITS, check=False)
+
+
+def test_the_file_that_is_planned_for_is_read(folder):
+    model, path = folder("llama", shard="1GB")
+    ids, mask = selfcheck.prompt(model)
+    with torch.inference_mode():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+    other = {name: tensor * 3 for name, tensor in load_file(path / "model.safetensors").items()}
+    # Both sort behind the model's own name.
+    save_file(other, path / "model_old.safetensors", metadata={"format": "pt"})
+    save_file(other, path / "zz.safetensors", metadata={"format": "pt"})
+
+    def logits(named):
+        front = load(named, plan=SPLITS, check=False)
+        try:
+            return front(input_ids=ids, attention_mask=mask).logits
+        finally:
+            front.unload()
+
+    for named in (path, path / "config.json", path / "model.safetensors"):
+        torch.testing.assert_close(logits(named), expected)
+    assert not torch.allclose(logits(path / "zz.safetensors"), expected)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="name the file that is meant"):
+        load(path, plan=SPLITS, check=False)
+    for left in ("model_old.safetensors", "zz.safetensors"):
+        (path / left).rename(path / f"adapter_{left}")
+    with pytest.raises(ModelError, match=r"no \.safetensors"):
+        load(path, plan=SPLITS, check=False)
+
+
+def test_tied_weights_that_differ_are_refused(folder):
+    model, path = folder("llama", shard="1GB")
+    ids, mask = selfcheck.prompt(model)
+    tensors = load_file(path / "model.safetensors")
+    change(path, tie_word_embeddings=True)
+    with pytest.raises(ModelError, match=r"(?s)lm_head.*are both there and differ.*tie_word_embeddings"):
+        load(path, plan=SPLITS, check=False)
+    # Older versions of transformers wrote both.
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    expected = AutoModelForCausalLM.from_pretrained(path).eval()
+    front = load(path, plan=SPLITS, check=False)
+    try:
+        with torch.inference_mode():
+            wanted = expected(input_ids=ids, attention_mask=mask).logits
+        torch.testing.assert_close(front(input_ids=ids, attention_mask=mask).logits, wanted)
+    finally:
+        front.unload()
+
+
+def test_values_are_compared_in_parts(monkeypatch):
+    monkeypatch.setattr(sources, "_COMPARED", 40)
+    one = torch.randn(9, 16)
+    other = one.clone()
+    assert same_values(TensorSource(one), TensorSource(other))
+    other[8, 15] += 1
+    assert not same_values(TensorSource(one), TensorSource(other))
+    assert not same_values(TensorSource(one), TensorSource(one[:8]))
+    assert same_values(TensorSource(torch.tensor(2.0)), TensorSource(torch.tensor(2.0)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"architectures": "X"},
+        {"architectures": [None]},
+        {"hidden_size": "64"},
+        {"hidden_size": None},
+        {"hidden_size": -1},
+        {"num_attention_heads": 4.0},
+        {"intermediate_size": [1]},
+        {"rms_norm_eps": None},
+        {"tie_word_embeddings": "x"},
+        {"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}},
+        {"hidden_act": "nope"},
+        {"dtype": "float8"},
+        {"quantization_config": "x"},
+    ],
+    ids=str,
+)
+def test_configurations_that_make_no_model(folder, fields):
+    _, path = folder("llama")
+    change(path, **fields)
+    with pytest.raises(ModelError, match="config"):
+        load(path, plan=SPLITS, check=False)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_configurations_that_are_none(folder, name):
+    _, path = folder("llama")
+    (path / name).write_text("[]")
+    with pytest.raises(ModelError, match="config"):
+        load(path, plan=SPLITS, check=False)
+
+
+def test_a_file_that_is_no_pickle(folder):
+    _, path = folder("llama", shard="1GB")
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model.bin: .*cannot read it"):
+        load(path, plan=SPLITS, check=False)

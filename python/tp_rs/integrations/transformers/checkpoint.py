@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -16,7 +15,8 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from tp_rs.errors import InvalidInput, ModelError
+from tp_rs._native import safetensors_files
+from tp_rs.errors import InvalidInput, ModelError, TPError
 from tp_rs.integrations.transformers import gguf, quantized
 from tp_rs.integrations.transformers.mapped import MappedSource
 from tp_rs.integrations.transformers.sources import Source, TensorSource
@@ -62,12 +62,12 @@ def open_checkpoint(model: object, dtype: torch.dtype | None = None) -> Checkpoi
         raise FileNotFoundError(message)
     if path.is_file() and path.suffix == ".gguf":
         return _from_gguf(path, dtype)
-    if path.is_file():
-        path = path.parent
-    files = sorted(path.glob("*.gguf"))
-    if not (path / "config.json").exists() and len(files) == 1:
+    folder = path.parent if path.is_file() else path
+    files = sorted(folder.glob("*.gguf"))
+    if not (folder / "config.json").exists() and len(files) == 1:
         return _from_gguf(files[0], dtype)
-    return _from_folder(path, dtype)
+    named = path.name.endswith((".safetensors", ".index.json"))
+    return _from_folder(folder, dtype, path if named else folder)
 
 
 def _from_model(model: PreTrainedModel, dtype: torch.dtype | None) -> Checkpoint:
@@ -98,33 +98,33 @@ def _from_model(model: PreTrainedModel, dtype: torch.dtype | None) -> Checkpoint
     )
 
 
-def _from_folder(path: Path, dtype: torch.dtype | None) -> Checkpoint:
+def _from_folder(path: Path, dtype: torch.dtype | None, weights: Path) -> Checkpoint:
+    """A folder. Its weights are at `weights`: the folder itself, a file in it or an index."""
     if not (path / "config.json").exists():
         message = f"{path}: no config.json and no single .gguf file in it"
         raise ModelError(message)
-    try:
+    with _reading(path, "its configuration"):
         config = AutoConfig.from_pretrained(path)
-    except (ValueError, KeyError, OSError) as error:
-        message = f"{path}: transformers {transformers.__version__} cannot read its configuration: {error}"
-        raise ModelError(message) from error
-    settings = quantized.settings_of(config, path)
-    if settings is not None:
-        quantized.without_settings(config)
+        settings = quantized.settings_of(config, path)
+        if settings is not None:
+            quantized.without_settings(config)
+        kind = _class_of(config)
+        dtype = dtype or _dtype_of(config)
+        own_config = _own_config(config, kind)
     kept: list[Any] = []
     generation = None
     if (path / "generation_config.json").exists():
-        generation = GenerationConfig.from_pretrained(path)
+        with _reading(path, "its generation_config.json"):
+            generation = GenerationConfig.from_pretrained(path)
     tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    kind = _class_of(config)
-    dtype = dtype or _dtype_of(config)
 
     def read(_: PreTrainedModel) -> dict[str, Source]:
-        sources = _files(path, kept, dtype)
+        sources = _files(path, weights, kept, dtype)
         return sources if settings is None else quantized.decode(sources, settings, dtype, path.name)
 
     return Checkpoint(
         name=path.name,
-        config=_own_config(config, kind),
+        config=own_config,
         kind=kind,
         dtype=dtype,
         read=read,
@@ -136,11 +136,8 @@ def _from_folder(path: Path, dtype: torch.dtype | None) -> Checkpoint:
 
 def _from_gguf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
+    with _reading(path, "its header"):
         config = AutoConfig.from_pretrained(**place)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        message = f"{path}: transformers {transformers.__version__} cannot read its header: {error}"
-        raise ModelError(message) from error
     return Checkpoint(
         name=path.stem,
         config=config,
@@ -151,27 +148,35 @@ def _from_gguf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
     )
 
 
-def _files(path: Path, kept: list[Any], dtype: torch.dtype) -> dict[str, Source]:
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = sorted(each.name for each in path.glob("*.safetensors"))
-    if names:
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            message = f"{path}: the index names {', '.join(missing)}, which is not there"
-            raise ModelError(message)
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises into one kind of error: it checks little, and fails anywhere."""
+    try:
+        yield
+    except TPError:
+        raise
+    except Exception as error:
+        # Some of them say only a name.
+        said = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+        message = f"{path}: transformers {transformers.__version__} cannot read {what}: {said}"
+        raise ModelError(message) from error
+
+
+def _files(path: Path, weights: Path, kept: list[Any], dtype: torch.dtype) -> dict[str, Source]:
+    # The same as those that are planned for.
+    files = safetensors_files(weights)
+    if files:
         sources: dict[str, Source] = {}
-        for name in names:
-            file: Any = safe_open(str(path / name), framework="pt")
+        for name in files:
+            file: Any = safe_open(str(name), framework="pt")
             kept.append(file)
             for key in file.keys():  # noqa: SIM118  not a dict
                 sources[key] = MappedSource(file.get_slice(key), dtype)
         return sources
     tensors = {}
     for pickled in sorted(path.glob("pytorch_model*.bin")):
-        tensors.update(torch.load(pickled, map_location="cpu", mmap=True, weights_only=True))
+        with _reading(pickled, "it"):
+            tensors.update(torch.load(pickled, map_location="cpu", mmap=True, weights_only=True))
     if not tensors:
         message = f"{path}: no .safetensors and no pytorch_model*.bin in it"
         raise ModelError(message)

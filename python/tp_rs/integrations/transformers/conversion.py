@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from tp_rs.errors import ModelError
-from tp_rs.integrations.transformers.sources import Counter, Part, Source
+from tp_rs.integrations.transformers.sources import Counter, Part, Source, same_values
 from tp_rs.integrations.transformers.stacks import Stacks
 
 if TYPE_CHECKING:
@@ -78,6 +78,9 @@ class Conversion:
     Args:
         model: The uncut skeleton.
         sources: The checkpoint's tensors.
+
+    Raises:
+        ModelError: Tied parameters are both there and differ.
     """
 
     def __init__(self, model: PreTrainedModel, sources: dict[str, Source]) -> None:
@@ -93,6 +96,18 @@ class Conversion:
         self._groups: dict[str, _Group] = {}
         for key in sorted(sources, key=dot_natural_key):
             self._place(key)
+        for name, other in self._tied.items():
+            self._check_tied(name, other)
+
+    def _check_tied(self, name: str, other: str) -> None:
+        """Refuse a checkpoint whose tied parameters are both there and differ: one would be dropped."""
+        keys = [*self._plain.get(name, ())[:1], *self._plain.get(other, ())[:1]]
+        if len(keys) > 1 and not same_values(*(self._sources[key] for key in keys)):
+            message = (
+                f"{keys[0]} and {keys[1]} are both there and differ, and the configuration makes them one; "
+                "set tie_word_embeddings to false in config.json, or leave one of them out"
+            )
+            raise ModelError(message)
 
     def _place(self, key: str) -> None:
         name, pattern = self._rename(key, self._renamings, self._converters)

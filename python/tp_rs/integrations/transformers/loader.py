@@ -35,9 +35,20 @@ _SHOWN = 5
 
 
 def make_skeleton(kind: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The whole model on the meta device: shapes and modules, no memory."""
+    """The whole model on the meta device: shapes and modules, no memory.
+
+    Raises:
+        ModelError: The configuration makes no model.
+    """
     with _building, torch.device("meta"):
-        skeleton: PreTrainedModel = kind._from_config(config, dtype=dtype).eval()  # noqa: SLF001  no public name
+        try:
+            skeleton: PreTrainedModel = kind._from_config(config, dtype=dtype).eval()  # noqa: SLF001  no public name
+        except Exception as error:
+            message = (
+                f"{kind.__name__} cannot be built from its configuration: {type(error).__name__}: {error}; "
+                "the checkpoint's config.json is not what transformers wants"
+            )
+            raise ModelError(message) from error
     return skeleton
 
 
