@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import os
 import queue
 import threading
 import time
@@ -106,6 +107,7 @@ class Ranks:
         self._calls = threading.Lock()
         self._closed = False
         self._broken: str | None = None
+        self._process = os.getpid()
         self.devices = [torch.device(device) for device in communicator.devices]
         count = len(self.devices)
         baton = Baton(count)
@@ -169,6 +171,8 @@ class Ranks:
             TPError: The threads have ended, or a device failed.
             InvalidInput: The caller is capturing a CUDA graph.
         """
+        # Before the lock, which a copy of the process may have got in another thread's hands.
+        self._check_process()
         with self._calls, Turn(lane.device for lane in self._lanes):
             self.check_open()
             call = _Call(job, len(self._links), self._callers())
@@ -215,8 +219,17 @@ class Ranks:
         except CudaError as error:
             self._broken = str(error)
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            message = (
+                f"the model was loaded in process {self._process}, and this is {os.getpid()}, a fork of it "
+                'that has none of its threads; load it here, or start processes with "spawn"'
+            )
+            raise TPError(message)
+
     def check_open(self) -> None:
         """Raise if the threads have ended."""
+        self._check_process()
         if self._closed:
             message = "the model is unloaded; load it again to use it"
             raise TPError(message)

@@ -21,6 +21,7 @@ from tp_rs.integrations.transformers.capture import Capture
 from tp_rs.integrations.transformers.captured_cache import CapturedCache
 from tp_rs.integrations.transformers.chunks import Chunks
 from tp_rs.integrations.transformers.fast import generate_fast
+from tp_rs.integrations.transformers.fixed import METHODS, check_tokens
 from tp_rs.integrations.transformers.request import FAST
 from tp_rs.integrations.transformers.reserve import reserve
 from tp_rs.integrations.transformers.stream import stream
@@ -95,7 +96,7 @@ class _Runner:
             )
             raise InvalidInput(message)
         self.check_loaded()
-        self._check_length(args, kwargs)
+        self._check_tokens(args, kwargs)
         held = kwargs.get("past_key_values")
         if isinstance(held, CapturedCache):
             return self._run_captured(held, args, kwargs)
@@ -158,8 +159,11 @@ class _Runner:
         result["past_key_values"] = cache
         return result
 
-    def _check_length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
+        if isinstance(tokens, torch.Tensor) and not tokens.is_cuda:
+            # A look at those on a device would wait for it at every token.
+            self.check_vocabulary(tokens)
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if self.limit is None or tokens is None:
             return
@@ -175,6 +179,10 @@ class _Runner:
                 f"{self.limit}; shorten it or load with a larger context"
             )
             raise InvalidInput(message)
+
+    def check_vocabulary(self, ids: Any) -> None:
+        """Refuse tokens that are not in the model's vocabulary."""
+        check_tokens(ids, self.models[self.lead].config.get_text_config().vocab_size)
 
     def check_room(self, generation: Any) -> None:
         """Refuse a generation that could run into the limit, before it has cost anything."""
@@ -305,8 +313,11 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:  # noqa: C901  one function f
 
     @functools.wraps(generate_whole)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.tp_rs_runner.check_loaded()
-        with self.tp_rs_runner.capture.generation():
+        runner = self.tp_rs_runner
+        runner.check_loaded()
+        given = args[0] if args else kwargs.get("inputs")
+        runner.check_vocabulary(kwargs.get("input_ids") if given is None else given)
+        with runner.capture.generation():
             return generate_whole(self, *args, **kwargs)
 
     def fast(
@@ -385,6 +396,7 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:  # noqa: C901  one function f
             "set_experts_implementation": parts,
             "stream": write,
             "unload": unload,
+            **METHODS,
             "plan": property(lambda self: self.tp_rs_runner.plan),
             "context": property(lambda self: self.tp_rs_runner.context),
             "context_limit": property(lambda self: self.tp_rs_runner.limit),

@@ -9,6 +9,7 @@ import torch
 
 from tp_rs.errors import InvalidInput
 from tp_rs.integrations.transformers.captured import MOST_SEQUENCES
+from tp_rs.integrations.transformers.fixed import check_tokens
 from tp_rs.integrations.transformers.sampling import MOST_ENDS, Sampling
 
 __all__ = ["FAST", "Request", "request_of"]
@@ -66,9 +67,7 @@ def request_of(
         raise InvalidInput(message)
     vocabulary = model.config.get_text_config().vocab_size
     ids = ids.detach().cpu().to(torch.int64)
-    if ids.min() < 0 or ids.max() >= vocabulary:
-        message = f"input_ids: got tokens from {ids.min()} to {ids.max()}, wanted 0 to {vocabulary - 1}"
-        raise InvalidInput(message)
+    check_tokens(ids, vocabulary)
     lengths = _lengths(ids, mask)
     config = model.generation_config
 
