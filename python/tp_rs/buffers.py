@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tp_rs.checks import described, invalid, whole
+from tp_rs.checks import checked_dtype, described, invalid, whole
 from tp_rs.errors import TPError
 from tp_rs.splits import Splits
 
@@ -36,14 +36,21 @@ class Buffers(Splits):
         self._live("get_pinned", buffer)
         import torch  # noqa: PLC0415
 
-        return self._pinned("get_pinned", buffer, (batch_size, q_len, dim), dtype or torch.float16)
+        dtype = torch.float16 if dtype is None else checked_dtype("dtype", dtype)
+        return self._pinned("get_pinned", buffer, (batch_size, q_len, dim), dtype)
 
     def copy_pinned(self, buffer: int, inputs: torch.Tensor) -> torch.Tensor:
         """Copy a tensor into a host buffer, and return the view of it there, of the same shape and dtype."""
         self._live("copy_pinned", buffer)
+        import torch  # noqa: PLC0415
+
         shape, dtype = described("inputs", inputs)
         if inputs.device.type == "meta":
             raise invalid("inputs", "a tensor on meta", "a tensor that has memory")
+        if inputs.layout is not torch.strided or inputs.is_nested:
+            raise invalid(
+                "inputs", f"a tensor of layout {inputs.layout}", "a strided one: call to_dense() on it"
+            )
         target = self._pinned("copy_pinned", buffer, shape, dtype)
         target.copy_(inputs.detach())
         return target
@@ -83,6 +90,7 @@ class Buffers(Splits):
         scratch = self._scratch
         self._live(call)
         whole("rows", rows)
+        dtype = checked_dtype("dtype", dtype)
         taken = [(scratch[rank].take(rows * width * dtype.itemsize), width) for rank, width in widths]
         return [memory.view(dtype).view(rows, width) for memory, width in taken]
 

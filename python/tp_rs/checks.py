@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tp_rs._native import Plan
 from tp_rs.errors import InvalidInput
 from tp_rs.models import shape_of
 
@@ -12,9 +13,16 @@ if TYPE_CHECKING:
 
     import torch
 
-    from tp_rs._native import Plan
+__all__ = ["checked_dtype", "described", "first", "invalid", "same_model", "whole"]
 
-__all__ = ["described", "first", "invalid", "same_model", "whole"]
+
+def checked_dtype(argument: str, dtype: object) -> torch.dtype:
+    """A torch dtype, else `InvalidInput`."""
+    import torch  # noqa: PLC0415 - the package works without torch until tensors are wanted
+
+    if not isinstance(dtype, torch.dtype):
+        raise invalid(argument, repr(dtype), "a torch dtype, such as torch.float16")
+    return dtype
 
 
 def described(argument: str, tensor: object) -> tuple[tuple[int, ...], torch.dtype]:
@@ -50,7 +58,9 @@ def invalid(argument: str, got: str, wanted: str) -> InvalidInput:
 
 
 def same_model(plan: Plan, model: object) -> None:
-    """Refuse a plan that was made for a model of other dimensions."""
+    """Refuse what is no plan, and a plan that was made for a model of other dimensions."""
+    if not isinstance(plan, Plan):
+        raise invalid("plan", f"a {type(plan).__name__}", "a tp_rs.Plan; Plan.from_dict makes one of a dict")
     shape, planned = shape_of(model), plan.model
     pairs = {
         "hidden_size": (planned.hidden, shape.hidden_size),

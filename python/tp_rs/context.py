@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Literal
 
-from tp_rs import _native, rope
+from tp_rs import _native
+from tp_rs import rope as rotation
 from tp_rs.buffers import Buffers
-from tp_rs.checks import described, first, invalid, same_model, whole
+from tp_rs.checks import checked_dtype, described, first, invalid, same_model, whole
 from tp_rs.errors import TPError
 from tp_rs.plan import plan as make_plan
 from tp_rs.scratch import Scratch
@@ -88,7 +89,7 @@ class TPContext(Buffers):
             expect_cache_tokens: Tokens of all sequences together that the cache must hold; 0 leaves it to
                 `context`, or with `strategy="exllamav2"` to the model's `max_seq_len * max_batch_size`.
             expect_cache_base: ExLlamaV2's cache class; tells how keys and values are stored.
-            plan: A plan made before; `gpu_split` and what follows it are then left out.
+            plan: A plan made before, in place of `gpu_split`, the cache's size, `context` and `options`.
             devices: The device of every rank. Left out, rank i is `cuda:i`, and "cpu" where no GPU is.
             context: Tokens a sequence, as for `tp_rs.plan`.
             timeout: Seconds that a rank waits for the others.
@@ -112,6 +113,17 @@ class TPContext(Buffers):
             plan = model
         elif plan is not None:
             same_model(plan, model)
+        if plan is not None:
+            beside = {
+                "gpu_split": gpu_split,
+                "expect_cache_tokens": expect_cache_tokens or None,
+                "expect_cache_base": expect_cache_base,
+                "context": context,
+                **options,
+            }
+            given = [name for name, value in beside.items() if value is not None]
+            if given:
+                raise invalid(given[0], "it beside a plan", "one of them: the plan was made with its own")
         self.model = model
         self.sin: list[torch.Tensor] | None = None
         self.cos: list[torch.Tensor] | None = None
@@ -124,7 +136,7 @@ class TPContext(Buffers):
         self._pinned_bytes = pinned_bytes
         self._streams = streams
         self._peers: Literal["proved", "staged"] = peers
-        self._rope = None if rope is None else dict(rope)
+        self._rope = rotation.checked(rope)
         self._force = force
         self._options = options
         self._communicator: _native.Communicator | None = None
@@ -149,6 +161,8 @@ class TPContext(Buffers):
         budgets = None if gpu_split is None else list(gpu_split)
         options = dict(self._options)
         if expect_cache_base is not None:
+            if not isinstance(expect_cache_base, type):
+                raise invalid("expect_cache_base", repr(expect_cache_base), "a class of ExLlamaV2's caches")
             options.setdefault("cache", _CACHES.get(expect_cache_base.__name__, "fp16"))
         context = self._context
         config = getattr(self.model, "config", self.model)
@@ -363,7 +377,9 @@ class TPContext(Buffers):
         self._live("get_sin_cos")
         import torch  # noqa: PLC0415
 
-        dtype = dtype or torch.float16
+        dtype = torch.float16 if dtype is None else checked_dtype("dtype", dtype)
+        if not dtype.is_floating_point:
+            raise invalid("dtype", str(dtype), "a floating one: the tables hold numbers from -1 to 1")
         if self.sin is not None and self.cos is not None and self.sin[self.device].dtype == dtype:
             return self.sin, self.cos
         none = torch.empty(0, device="meta")
@@ -374,8 +390,8 @@ class TPContext(Buffers):
                 held = contexts(rank)
                 sin[rank], cos[rank] = (torch.cat(part, 0).to(dtype) for part in (held.sin, held.cos))
         else:
-            settings = rope.settings_of(self.model, self.plan) or {}
-            made = rope.tables({**settings, **(self._rope or {})} or None, self.plan.context)
+            settings = rotation.merged(rotation.settings_of(self.model, self.plan), self._rope)
+            made = rotation.tables(settings, self.plan.context)
             shared: dict[str, list[torch.Tensor]] = {}
             for rank in self.all_devs:
                 device = self.devices[rank]

@@ -187,8 +187,13 @@ def _numbers(argument: str, values: object) -> list[float]:
     """A list of floats; whether each is usable is for the native side to say."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise _invalid(argument, repr(values), "a list with one number a rank")
+    try:
+        listed = list(values)
+    except TypeError as error:
+        # Tensors and arrays without dimensions only look as if they could be gone through.
+        raise _invalid(argument, repr(values), "a list with one number a rank") from error
     numbers = []
-    for index, value in enumerate(values):
+    for index, value in enumerate(listed):
         try:
             if isinstance(value, (str, bytes, bool)):
                 raise TypeError  # noqa: TRY301 - float() would take them

@@ -69,6 +69,7 @@ def plan(
         CudaError: The driver failed when asked what is free.
     """
     _check_types(cache=cache, strategy=strategy, experts=experts)
+    _check_flag("duplicate_kv", duplicate_kv)
     shares = _shares(splits)
     ranks = resolve(gpu_split, devices, speeds)
     shape = shape_of(model)
@@ -84,7 +85,7 @@ def plan(
         cache=cache,
         strategy=strategy,
         splits=shares,
-        duplicate_kv=bool(duplicate_kv),
+        duplicate_kv=duplicate_kv,
         experts=experts,
         attention_footprint=attention_footprint(model) if strategy.lower() == "exllamav2" else None,
     )
@@ -109,6 +110,12 @@ def integer_split(total: int, ratios: Iterable[float], minimum: int = 0) -> list
         InvalidInput: A ratio is negative, infinite or NaN, they add up to 0, or there is none.
     """
     return _native.integer_split(total, ratios, minimum)
+
+
+def _check_flag(argument: str, value: object) -> None:
+    if not isinstance(value, bool):
+        message = f"{argument}: got {value!r}, wanted True or False"
+        raise InvalidInput(message)
 
 
 def _check_types(**words: object) -> None:

@@ -21,11 +21,82 @@ if TYPE_CHECKING:
 
     from tp_rs._native import Plan
 
-__all__ = ["settings_of", "tables"]
+__all__ = ["checked", "merged", "settings_of", "tables"]
 
 _HINT = (
     'pass rope={"rope_theta": 10000.0, "head_dim": 64, ...} to TPContext, with the fields of a config.json'
 )
+
+
+_FIELDS = {
+    "head_dim",
+    "hidden_size",
+    "max_position_embeddings",
+    "model_type",
+    "n_embd",
+    "n_head",
+    "num_attention_heads",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "qk_rope_head_dim",
+    "rope_local_base_freq",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "rotary_dim",
+    "rotary_emb_base",
+    "rotary_pct",
+}
+"""What a config.json says of rotations."""
+_OF_A_SET = ("rope_theta", "partial_rotary_factor")
+"""Fields that transformers 5 writes into `rope_parameters`, and older versions beside it."""
+
+
+def checked(own: object) -> dict[str, Any] | None:
+    """Fields that a caller passes, each of them known.
+
+    Raises:
+        InvalidInput: They are no dict, or one is unknown.
+    """
+    if own is None:
+        return None
+    if not isinstance(own, Mapping):
+        message = f"rope: got {own!r}, wanted a dict; {_HINT}"
+        raise InvalidInput(message)
+    unknown = sorted(str(name) for name in own if name not in _FIELDS)
+    if unknown:
+        message = f"rope: got {', '.join(unknown)}, wanted some of {', '.join(sorted(_FIELDS))}"
+        raise InvalidInput(message)
+    return dict(own)
+
+
+def merged(settings: Mapping[str, Any] | None, own: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A model's settings with a caller's fields over them, whichever version of transformers wrote either.
+
+    Raises:
+        InvalidInput: A field has one value, and the model's kinds of layers rotate differently.
+    """
+    if not own:
+        return None if settings is None else dict(settings)
+    nested = (settings or {}).get("text_config")
+    base = dict(nested if isinstance(nested, Mapping) else settings or {})
+    sets = base.get("rope_parameters")
+    if "rope_scaling" in own or "rope_parameters" in own:
+        # Either says all of it but the base.
+        for name in ("rope_scaling", "rope_parameters"):
+            base.pop(name, None)
+        if isinstance(sets, Mapping) and "rope_theta" in sets:
+            base["rope_theta"] = sets["rope_theta"]
+    elif isinstance(sets, Mapping):
+        values = {name: own[name] for name in _OF_A_SET if name in own}
+        if values and any(isinstance(value, Mapping) for value in sets.values()):
+            message = (
+                f"rope: got {', '.join(values)}, and kinds of layers rotate differently: {', '.join(sets)}; "
+                "pass rope_parameters with a dict for each"
+            )
+            raise InvalidInput(message)
+        base["rope_parameters"] = {**sets, **values}
+    return {**base, **own}
 
 
 def settings_of(model: object, plan: Plan | None = None) -> dict[str, Any] | None:

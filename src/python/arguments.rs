@@ -18,6 +18,20 @@ pub(super) fn whole(value: &Bound<'_, PyAny>, argument: &str) -> PyResult<u64> {
     value.extract().map_err(|_| refused())
 }
 
+/// A rank's number as it is given; whether there is such a rank is for the caller to say.
+pub(super) fn number(value: &Bound<'_, PyAny>) -> PyResult<usize> {
+    let number = if value.is_instance_of::<PyBool>() { None } else { value.extract().ok() };
+    number.ok_or_else(|| invalid(value.py(), "root", shown(value), "the number of a rank"))
+}
+
+/// The number of one of so many ranks.
+pub(super) fn rank(value: &Bound<'_, PyAny>, argument: &str, ranks: usize) -> PyResult<usize> {
+    let number = if value.is_instance_of::<PyBool>() { None } else { value.extract().ok() };
+    number.filter(|rank| *rank < ranks).ok_or_else(|| {
+        invalid(value.py(), argument, shown(value), format!("0 to {}", ranks.saturating_sub(1)))
+    })
+}
+
 /// A list of numbers; whether each is usable is for the crate to say.
 pub(super) fn floats(values: &Bound<'_, PyAny>, argument: &str) -> PyResult<Vec<f64>> {
     let wanted = "a list of numbers";

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 
-use super::arguments::whole;
+use super::arguments::{self, whole};
 use super::errors::{guarded, invalid, to_python};
 use super::rank_view::{Baton, RankView};
 use super::streams::Streams;
@@ -58,6 +58,21 @@ pub(super) fn columns(value: &Bound<'_, PyAny>, dim: Option<&Bound<'_, PyAny>>) 
 
 pub(super) fn tensor(value: &Bound<'_, PyAny>, argument: &str) -> PyResult<Tensor> {
     tensors::one(value, || argument.to_owned())
+}
+
+/// The same for a tensor that the call writes.
+pub(super) fn tensor_to_write(value: &Bound<'_, PyAny>, argument: &str) -> PyResult<Tensor> {
+    let read = tensor(value, argument)?;
+    tensors::check_gradient(value, || argument.to_owned())?;
+    Ok(read)
+}
+
+/// The same, if there is one.
+pub(super) fn tensor_or_none_to_write(value: Option<&Bound<'_, PyAny>>, argument: &str) -> PyResult<Tensor> {
+    match value {
+        Some(value) => tensor_to_write(value, argument),
+        None => tensor_or_none(None, argument),
+    }
 }
 
 pub(super) fn tensor_or_none(value: Option<&Bound<'_, PyAny>>, argument: &str) -> PyResult<Tensor> {
@@ -169,14 +184,9 @@ impl Communicator {
     /// The communicator as rank `rank` sees it, for a thread of its own. `baton` is laid down in every call
     /// that waits for others.
     #[pyo3(signature = (rank, *, baton=None))]
-    fn rank(&self, py: Python<'_>, rank: isize, baton: Option<&Baton>) -> PyResult<RankView> {
-        let ranks = self.inner.devices().len();
-        match usize::try_from(rank) {
-            Ok(rank) if rank < ranks => {
-                Ok(RankView::new(Arc::clone(&self.inner), Arc::clone(&self.streams), rank, baton))
-            }
-            _ => Err(invalid(py, "rank", rank, format!("0 to {}", ranks - 1))),
-        }
+    fn rank(&self, rank: &Bound<'_, PyAny>, baton: Option<&Baton>) -> PyResult<RankView> {
+        let rank = arguments::rank(rank, "rank", self.inner.devices().len())?;
+        Ok(RankView::new(Arc::clone(&self.inner), Arc::clone(&self.streams), rank, baton))
     }
 
     /// Stops the communicator from any thread and wakes whoever waits.
@@ -197,7 +207,7 @@ impl Communicator {
 
     /// Every tensor becomes the sum of all, in place.
     fn all_reduce(&self, py: Python<'_>, tensors: &Bound<'_, PyAny>) -> PyResult<()> {
-        let tensors = tensors::list(tensors, "tensors")?;
+        let tensors = tensors::list_to_write(tensors, "tensors")?;
         let views = &tensors.views;
         let streams = self.streams_now(py)?;
         // SAFETY: the tensors are held until the call returns, and it returns when the work is done.
@@ -211,7 +221,7 @@ impl Communicator {
         source: &Bound<'_, PyAny>,
         targets: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let targets = tensors::list(targets, "targets")?;
+        let targets = tensors::list_to_write(targets, "targets")?;
         let (source, views) = (tensor(source, "source")?, &targets.views);
         let streams = self.streams_now(py)?;
         // SAFETY: as for `all_reduce`; the caller's frame holds `source`.
@@ -232,7 +242,7 @@ impl Communicator {
     ) -> PyResult<()> {
         let parts = tensors::list(parts, "parts")?;
         let (split, dim) = columns(split, dim)?;
-        let (target, views) = (tensor(target, "target")?, &parts.views);
+        let (target, views) = (tensor_to_write(target, "target")?, &parts.views);
         if non_blocking {
             let streams = self.streams_now(py)?;
             // SAFETY: as for `broadcast`, but the caller has said that it keeps the tensors until the streams are done.
@@ -256,7 +266,7 @@ impl Communicator {
         target_split: Option<&Bound<'_, PyAny>>,
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        let (parts, targets) = (tensors::list(parts, "parts")?, tensors::list(targets, "targets")?);
+        let (parts, targets) = (tensors::list(parts, "parts")?, tensors::list_to_write(targets, "targets")?);
         let (split, dim) = columns(split, dim)?;
         let target_split = target_split.map_or_else(
             // Without one, every rank gets the result.
@@ -281,7 +291,8 @@ impl Communicator {
         split: &Bound<'_, PyAny>,
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        let (inputs, outputs) = (tensors::list(inputs, "inputs")?, tensors::list(outputs, "outputs")?);
+        let (inputs, outputs) =
+            (tensors::list(inputs, "inputs")?, tensors::list_to_write(outputs, "outputs")?);
         let (split, dim) = columns(split, dim)?;
         let (inputs, outputs) = (&inputs.views, &outputs.views);
         let streams = self.streams_now(py)?;
@@ -299,7 +310,8 @@ impl Communicator {
         split: &Bound<'_, PyAny>,
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        let (targets, sources) = (tensors::list(targets, "targets")?, tensors::list(sources, "sources")?);
+        let (targets, sources) =
+            (tensors::list_to_write(targets, "targets")?, tensors::list(sources, "sources")?);
         let (split, dim) = columns(split, dim)?;
         let (targets, sources) = (&targets.views, &sources.views);
         let streams = self.streams_now(py)?;

@@ -5,8 +5,11 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use super::arguments::whole;
-use super::communicator::{columns, released, tensor, tensor_or_none};
+use super::arguments::{number, whole};
+use super::communicator::{
+    columns, released, tensor, tensor_or_none, tensor_or_none_to_write, tensor_to_write,
+};
+use super::errors::invalid;
 use super::streams::Streams;
 use crate::comm::{self, Device, LaidDown, Stream};
 use crate::error::Result;
@@ -72,6 +75,15 @@ impl RankView {
         self.streams.of(py, self.rank, device)
     }
 
+    /// At once: the ranks would only find out when all have come, or the others' timeout has passed.
+    fn check_root(&self, py: Python<'_>, root: usize) -> PyResult<()> {
+        let ranks = self.inner.devices().len();
+        if root < ranks {
+            return Ok(());
+        }
+        Err(invalid(py, "root", root, format!("0 to {}", ranks.saturating_sub(1))))
+    }
+
     /// Does `work`, which meets the other ranks, without the interpreter and without the baton.
     fn meet(&self, py: Python<'_>, work: impl FnOnce() -> Result<()> + Send) -> PyResult<()> {
         released(py, || {
@@ -104,7 +116,7 @@ impl RankView {
     /// `tensor` becomes the sum of all ranks' tensors, in place. `None` for a rank without a part.
     #[pyo3(signature = (tensor))]
     fn all_reduce(&self, py: Python<'_>, tensor: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
-        let tensor = tensor_or_none(tensor, "tensor")?;
+        let tensor = tensor_or_none_to_write(tensor, "tensor")?;
         let stream = self.stream(py)?;
         // SAFETY: the caller's frame holds the tensor, and the call returns when the work is done.
         self.meet(py, || unsafe { self.inner.rank_all_reduce(self.rank, &tensor, stream) })
@@ -112,7 +124,7 @@ impl RankView {
 
     /// `tensor` becomes the sum of the other ranks' tensors; this rank adds nothing.
     fn receive_sum(&self, py: Python<'_>, tensor: &Bound<'_, PyAny>) -> PyResult<()> {
-        let tensor = self::tensor(tensor, "tensor")?;
+        let tensor = tensor_to_write(tensor, "tensor")?;
         let stream = self.stream(py)?;
         // SAFETY: as for `all_reduce`.
         self.meet(py, || unsafe { self.inner.rank_receive_sum(self.rank, &tensor, stream) })
@@ -120,8 +132,15 @@ impl RankView {
 
     /// `tensor` becomes a copy of the one that rank `root` passes.
     #[pyo3(signature = (tensor, root=0))]
-    fn broadcast(&self, py: Python<'_>, tensor: &Bound<'_, PyAny>, root: usize) -> PyResult<()> {
-        let tensor = self::tensor(tensor, "tensor")?;
+    fn broadcast(
+        &self,
+        py: Python<'_>,
+        tensor: &Bound<'_, PyAny>,
+        #[pyo3(from_py_with = number)] root: usize,
+    ) -> PyResult<()> {
+        self.check_root(py, root)?;
+        let given = root == self.rank;
+        let tensor = if given { self::tensor(tensor, "tensor") } else { tensor_to_write(tensor, "tensor") }?;
         let stream = self.stream(py)?;
         // SAFETY: as for `all_reduce`.
         self.meet(py, || unsafe { self.inner.rank_broadcast(self.rank, root, &tensor, stream) })
@@ -135,12 +154,13 @@ impl RankView {
         part: Option<&Bound<'_, PyAny>>,
         split: &Bound<'_, PyAny>,
         target: Option<&Bound<'_, PyAny>>,
-        root: usize,
+        #[pyo3(from_py_with = number)] root: usize,
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
+        self.check_root(py, root)?;
         let part = tensor_or_none(part, "part")?;
         let (split, dim) = columns(split, dim)?;
-        let target = target.map(|target| tensor(target, "target")).transpose()?;
+        let target = target.map(|target| tensor_to_write(target, "target")).transpose()?;
         let stream = self.stream(py)?;
         self.meet(py, || {
             // SAFETY: as for `all_reduce`.
@@ -158,7 +178,7 @@ impl RankView {
         target: Option<&Bound<'_, PyAny>>,
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        let (part, target) = (tensor_or_none(part, "part")?, tensor_or_none(target, "target")?);
+        let (part, target) = (tensor_or_none(part, "part")?, tensor_or_none_to_write(target, "target")?);
         let (split, dim) = columns(split, dim)?;
         let stream = self.stream(py)?;
         // SAFETY: as for `all_reduce`.
@@ -177,7 +197,8 @@ impl RankView {
         split: &Bound<'_, PyAny>,
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        let (source, target) = (tensor_or_none(source, "source")?, tensor_or_none(target, "target")?);
+        let (source, target) =
+            (tensor_or_none(source, "source")?, tensor_or_none_to_write(target, "target")?);
         let (split, dim) = columns(split, dim)?;
         let stream = self.stream(py)?;
         self.meet(py, || {
@@ -196,7 +217,7 @@ impl RankView {
         split: &Bound<'_, PyAny>,
         dim: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        let (target, source) = (tensor(target, "target")?, tensor(source, "source")?);
+        let (target, source) = (tensor_to_write(target, "target")?, tensor(source, "source")?);
         let (split, dim) = columns(split, dim)?;
         let stream = self.stream(py)?;
         released(py, || {

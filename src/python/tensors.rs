@@ -17,7 +17,7 @@ const CUDA_HOST: i32 = 3;
 /// to one while the interpreter is released.
 pub(super) struct Tensors<'py> {
     pub(super) views: Vec<Tensor>,
-    _owners: Vec<Bound<'py, PyAny>>,
+    owners: Vec<Bound<'py, PyAny>>,
 }
 
 /// Reads a list of tensors. `None` in it stands for a tensor without elements.
@@ -32,7 +32,30 @@ pub(super) fn list<'py>(tensors: &Bound<'py, PyAny>, argument: &str) -> PyResult
     };
     let read = |(index, tensor)| one_or_none(tensor, || format!("{argument}[{index}]"));
     let views = owners.iter().enumerate().map(read).collect::<PyResult<_>>()?;
-    Ok(Tensors { views, _owners: owners })
+    Ok(Tensors { views, owners })
+}
+
+/// The same for tensors that the call writes.
+pub(super) fn list_to_write<'py>(tensors: &Bound<'py, PyAny>, argument: &str) -> PyResult<Tensors<'py>> {
+    let read = list(tensors, argument)?;
+    for (index, tensor) in read.owners.iter().enumerate() {
+        check_gradient(tensor, || format!("{argument}[{index}]"))?;
+    }
+    Ok(read)
+}
+
+/// Refuses to write what gradients are recorded for: torch would not know of it, and derive from values that are
+/// gone. Its own in-place operations raise too, or record themselves.
+pub(super) fn check_gradient(tensor: &Bound<'_, PyAny>, argument: impl Fn() -> String) -> PyResult<()> {
+    let py = tensor.py();
+    let asks = tensor.getattr_opt(intern!(py, "requires_grad"))?;
+    let recorded = asks.is_some_and(|asks| asks.is_truthy().unwrap_or(false))
+        && py.import("torch")?.call_method0("is_grad_enabled")?.is_truthy()?;
+    if recorded {
+        let wanted = "one that does not, or the call under torch.no_grad(): torch would not see it change";
+        return Err(invalid(py, argument(), "a tensor to write that requires grad".to_owned(), wanted));
+    }
+    Ok(())
 }
 
 /// Reads a tensor; `None` is one without elements.

@@ -176,12 +176,14 @@ def test_other_kinds_of_tensors(wrap: Any) -> None:
     comm = tp_rs.Communicator(["cpu"] * 2)
     parts = [torch.randn(3, 4), torch.randn(3, 4)]
     wrapped = [wrap(part.clone()) for part in parts]
-    comm.all_reduce(wrapped)
+    with torch.no_grad():
+        comm.all_reduce(wrapped)
     assert torch.equal(wrapped[1].data, parts[0] + parts[1])
     whole = torch.randn(2, 3, 8)
     # Three dimensions, rows apart from each other.
     views = [torch.zeros(2, 3, 20)[..., 4:12] for _ in range(2)]
-    comm.broadcast(whole, [wrap(view) for view in views])
+    with torch.no_grad():
+        comm.broadcast(whole, [wrap(view) for view in views])
     assert torch.equal(views[1], whole)
 
 

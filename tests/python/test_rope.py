@@ -235,3 +235,67 @@ def test_layers_that_rotate_differently_have_sets_of_their_own() -> None:
 def test_broken_rotary_parameters_are_named(config: dict[str, Any]) -> None:
     with pytest.raises(tp_rs.InvalidInput, match="wanted"):
         rope.tables(config, 4)
+
+
+FLAT = {name: value for name, value in SMALL.items() if name != "rope_theta"}
+
+
+@pytest.mark.parametrize(
+    ("config", "own", "same_as"),
+    [
+        ({"rope_theta": 1e4}, {"rope_theta": 1e6}, {"rope_theta": 1e6}),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
+            {"rope_theta": 1e6},
+            {"rope_theta": 1e6},
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
+            {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}},
+        ),
+        (
+            {"rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"rope_theta": 1e3, "rope_type": "default"}},
+            {"rope_theta": 1e3},
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},
+            {"partial_rotary_factor": 0.5},
+            {
+                "rope_theta": 1e4,
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "partial_rotary_factor": 0.5,
+            },
+        ),
+        ({"rope_theta": 1e4}, {}, {"rope_theta": 1e4}),
+    ],
+    ids=str,
+)
+def test_fields_of_the_caller_go_over_those_of_the_model(
+    config: dict[str, Any], own: dict[str, Any], same_as: dict[str, Any]
+) -> None:
+    expected = rope.tables({**FLAT, **same_as}, 64)
+    for model in ({**FLAT, **config}, {"model_type": "llava", "text_config": {**FLAT, **config}}):
+        made = rope.tables(rope.merged(model, own), 64)
+        assert all(torch.equal(one, other) for one, other in zip(made, expected, strict=True))
+    with TPContext({**FLAT, **config}, [0.1, 0.1], rope=own) as ctx:
+        assert torch.equal(ctx.get_sin_cos(torch.float32)[0][0], expected[0])
+
+
+def test_fields_that_nobody_knows_are_refused() -> None:
+    with pytest.raises(tp_rs.InvalidInput, match=r"rope: got rope_thetta, wanted some of head_dim"):
+        TPContext(SMALL, [0.1, 0.1], rope={"rope_thetta": 1e6})
+    with pytest.raises(tp_rs.InvalidInput, match=r"rope: got 3, wanted a dict"):
+        TPContext(SMALL, [0.1, 0.1], rope=3)  # type: ignore[arg-type]
+    sets = {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 100.0}}
+    cases: list[tuple[dict[str, Any], Any, str]] = [
+        ({**FLAT, "rope_parameters": sets}, 1e6, "full_attention, sliding_attention"),
+        ({**SMALL, "rope_parameters": {"rope_theta": 1e4}}, "x", "rope_theta: got 'x'"),
+    ]
+    for config, theta, said in cases:
+        with (
+            TPContext(config, [0.1, 0.1], rope={"rope_theta": theta}) as ctx,
+            pytest.raises(tp_rs.InvalidInput, match=said),
+        ):
+            ctx.get_sin_cos()

@@ -184,7 +184,9 @@ fn files_are_those_whose_tensors_are_found() {
         }
     }
     let folder = folder(&["b.safetensors", "a.safetensors"]);
-    assert!(safetensors_files(folder.path()).unwrap_err().to_string().contains("name the file that is meant"));
+    assert!(
+        safetensors_files(folder.path()).unwrap_err().to_string().contains("name the file that is meant")
+    );
     index(&folder, &["b.safetensors", "a.safetensors"]);
     let index = folder.path().join("model.safetensors.index.json");
     let both = [folder.path().join("a.safetensors"), folder.path().join("b.safetensors")];

@@ -82,9 +82,7 @@ def load(
             f"dtype: got {dtype}, wanted one that sums can be made in: float32, bfloat16, float16, float64"
         )
         raise InvalidInput(message)
-    if plan is not None and gpu_split is not None:
-        message = "gpu_split: got it beside plan, wanted one of them"
-        raise InvalidInput(message)
+    _check_choices(plan, gpu_split, capture)
     check_cache(cache, plan)
     batches = checked_batches(warmup)
     devices = None if devices is None else list(devices)
@@ -151,6 +149,18 @@ def load(
         front.unload()
         raise
     return front
+
+
+def _check_choices(plan: object, gpu_split: object, capture: object) -> None:
+    if plan is not None and not isinstance(plan, Plan) and not hasattr(plan, "rs_split"):
+        message = f"plan: got a {type(plan).__name__}, wanted a tp_rs.Plan or Splits"
+        raise InvalidInput(message)
+    if capture is not None and not isinstance(capture, bool):
+        message = f"capture: got {capture!r}, wanted True, False or None"
+        raise InvalidInput(message)
+    if plan is not None and gpu_split is not None:
+        message = "gpu_split: got it beside plan, wanted one of them"
+        raise InvalidInput(message)
 
 
 def _prepare(
