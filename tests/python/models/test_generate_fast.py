@@ -1,7 +1,9 @@
 """The loop of our own: transformers' tokens, its distributions, and its ends; on CPU ranks."""
 
+import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 from architectures import small
@@ -252,3 +254,159 @@ def test_the_largest_is_the_first_of_equals(vocabulary):
         scores = torch.randint(-3, 3, (3, vocabulary)).float()
         scores[1] = float("-inf")
         assert largest(scores).tolist() == scores.argmax(-1).tolist()
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default:UserWarning")
+def test_what_nobody_said_is_as_generate_has_it(model, front):
+    for length in (5, 25):
+        ids = torch.randint(3, 90, (1, length))
+        assert torch.equal(
+            front.generate_fast(ids, pad_token_id=0), model.generate(ids, pad_token_id=0, do_sample=False)
+        )
+    # Nearly all tokens are as likely, and only the 50 most likely are chosen from.
+    ids = torch.randint(3, 90, (1, 5))
+    with torch.inference_mode():
+        likely = model(ids).logits[0, -1].topk(50).indices.tolist()
+    options = {"do_sample": True, "temperature": 50.0, "max_new_tokens": 1, "pad_token_id": 0}
+    drawn = {int(front.generate_fast(ids, seed=seed, **options)[0, -1]) for seed in range(40)}
+    assert len(drawn) > 5
+    assert drawn <= set(likely)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"forced_eos_token_id": 1},
+        {"forced_eos_token_id": 0},
+        {"num_beams": 2},
+        {"return_dict_in_generate": True},
+        {"temperature": 0.0, "top_p": 0.0},
+        {"num_beams": 1, "length_penalty": 1.0, "no_repeat_ngram_size": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_defaults_of_the_model_that_the_loop_does_not_know(model, inputs, changes, capture):
+    front = load(model, plan=SPLITS, check=False, capture=capture)
+    before = copy.deepcopy(model.generation_config)
+    try:
+        for each in (model, front):
+            for name, value in changes.items():
+                setattr(each.generation_config, name, value)
+        expected = model.generate(**inputs, do_sample=False)
+        expected = getattr(expected, "sequences", expected)
+        assert torch.equal(front.generate_fast(**inputs), expected)
+    finally:
+        model.generation_config = before
+        front.unload()
+
+
+def test_stop_strings_of_the_model_count(model, front, inputs, tokenizer):
+    plain = front.generate_fast(**inputs)
+    text = tokenizer.decode(plain[0, inputs["input_ids"].shape[1] :][2:4])
+    front.generation_config.stop_strings = [text]
+    try:
+        expected = model.generate(**inputs, do_sample=False, stop_strings=[text], tokenizer=tokenizer)
+        assert torch.equal(front.generate_fast(**inputs, tokenizer=tokenizer), expected)
+    finally:
+        front.generation_config.stop_strings = None
+
+
+class Streamer:
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"seed": "a"}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"seed": 2**70}, "seed"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"eos_token_id": [61.5]}, "eos_token_id"),
+        ({"eos_token_id": [None]}, "eos_token_id"),
+        ({"eos_token_id": [[61]]}, "eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id"),
+        ({"eos_token_id": 2**70}, "eos_token_id"),
+        ({"pad_token_id": "a"}, "pad_token_id"),
+        ({"pad_token_id": 0.5}, "pad_token_id"),
+        ({"pad_token_id": 97, "eos_token_id": 5}, "pad_token_id"),
+        ({"pad_token_id": -1, "eos_token_id": 5}, "pad_token_id"),
+        ({"attention_mask": [[1, 1]]}, "attention_mask"),
+        ({"attention_mask": torch.ones(2, 2, device="meta")}, "attention_mask"),
+        ({"input_ids": torch.ones(2, 2)}, "input_ids"),
+        ({"input_ids": torch.ones(2, 2, dtype=torch.bool)}, "input_ids"),
+        ({"input_ids": torch.ones(2, 2, dtype=torch.long, device="meta")}, "input_ids"),
+        ({"do_sample": True, "temperature": 10**400}, "temperature"),
+        ({"do_sample": True, "temperature": 1e-50}, "temperature"),
+        ({"do_sample": "False"}, "do_sample"),
+        ({"stop_strings": 5, "tokenizer": "any"}, "stop_strings"),
+        ({"streamer": 5}, "streamer"),
+        ({"stopped": 5}, "stopped"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("capture", [True, False])
+def test_arguments_that_cannot_be_used_are_named(front, options, named, capture, monkeypatch):
+    monkeypatch.setattr(front.tp_rs_runner.capture, "wanted", capture)
+    given = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "max_new_tokens": 3, "pad_token_id": 0, **options}
+    with pytest.raises(InvalidInput, match=f"{named}: got"):
+        front.generate_fast(**given)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_numbers_of_any_type(model, front, capture, monkeypatch):
+    monkeypatch.setattr(front.tp_rs_runner.capture, "wanted", capture)
+    ids = torch.randint(3, 90, (2, 6))
+    end = int(model.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=0)[0, 8])
+    expected = model.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=end)
+    for ends in (end, [end], np.int64(end), torch.tensor(end), torch.tensor([end]), (end,)):
+        options = {"eos_token_id": ends, "max_new_tokens": np.int64(6), "pad_token_id": np.int32(0)}
+        assert torch.equal(front.generate_fast(ids, **options), expected), ends
+    sampled = {"do_sample": True, "repetition_penalty": 2, "temperature": 1, "max_new_tokens": 6}
+    one = front.generate_fast(ids, seed=np.int64(3), pad_token_id=0, **sampled)
+    assert torch.equal(front.generate_fast(ids, seed=torch.tensor(3), pad_token_id=0, **sampled), one)
+
+
+class Undecodable:
+    """A tokenizer that cannot decode what it is given."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, *args, **options):
+        return self.tokenizer(*args, **options)
+
+    def decode(self, *_args, **_options):
+        raise TypeError("expected str instance, NoneType found")
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+@pytest.mark.parametrize("options", [{}, {"min_p": 0.1, "do_sample": True}], ids=str)
+def test_a_stream_whose_tokenizer_fails_ends(front, tokenizer, options):
+    with pytest.raises(TypeError, match="expected str instance"):
+        list(front.stream("abc", tokenizer=Undecodable(tokenizer), max_new_tokens=5, **options))
+
+
+def test_streams_take_what_generate_takes(model, front, tokenizer):
+    options = {"max_new_tokens": 6, "do_sample": True, "min_p": 0.05, "pad_token_id": 0}
+    torch.manual_seed(11)
+    ids = tokenizer("abc", return_tensors="pt").input_ids
+    wanted = model.generate(ids, **options)[0, ids.shape[1] :]
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    pieces = front.stream("abc", tokenizer=tokenizer, seed=11, stopping_criteria=None, **options)
+    assert "".join(pieces) == tokenizer.decode(wanted, skip_special_tokens=True)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with pytest.raises(InvalidInput, match="streamer"):
+        list(front.stream("abc", tokenizer=tokenizer, streamer=Streamer()))

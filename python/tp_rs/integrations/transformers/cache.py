@@ -40,7 +40,7 @@ class RankedCache(Cache):
     def of(
         cls, cache: Cache, count: int, lead: int, ranks: Ranks | None = None, room: int | None = None
     ) -> RankedCache:
-        """One copy a rank of a cache that holds nothing yet.
+        """Make of a cache that holds nothing yet one with a copy a rank, and return it.
 
         Args:
             cache: The cache.
@@ -55,12 +55,24 @@ class RankedCache(Cache):
         if getattr(cache, "offloading", False):
             message = "cache: offloaded caches do not work over ranks; each rank holds its own part already"
             raise InvalidInput(message)
-        if any(getattr(layer, "keys", None) is not None for layer in getattr(cache, "layers", [])):
+        made = [layer for layer in getattr(cache, "layers", []) if getattr(layer, "keys", None) is not None]
+        if any(layer.get_seq_length() > 0 for layer in made):
             message = (
                 "past_key_values: got a cache with tokens in it, wanted an empty one or one from this model"
             )
             raise InvalidInput(message)
-        return cls([give_room(copy.deepcopy(cache), room) for _ in range(count)], lead, ranks)
+        for layer in made:
+            # Static layers that were made ahead have room for all heads.
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+        caches = [give_room(copy.deepcopy(cache), room) for _ in range(count)]
+        # The caller goes on with its own object, which has to be filled.
+        own: Any = cache
+        own.__class__ = cls
+        own.__dict__.clear()
+        own.__init__(caches, lead, ranks)
+        ranked: RankedCache = own
+        return ranked
 
     @property
     def layers(self) -> list[Any]:  # type: ignore[override]  # transformers has a plain attribute here

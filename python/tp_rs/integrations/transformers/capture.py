@@ -7,13 +7,13 @@ import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.generation.configuration_utils import GenerationMode
 
 from tp_rs.errors import DoesNotFit, InvalidInput
 from tp_rs.integrations.transformers import captured_check
 from tp_rs.integrations.transformers.captured import MOST_SEQUENCES, Captured, Room
-from tp_rs.integrations.transformers.captured_cache import CapturedCache
+from tp_rs.integrations.transformers.captured_cache import CapturedCache, plain_prompt
+from tp_rs.integrations.transformers.loader import out_of_memory
 from tp_rs.integrations.transformers.recorder import CudaRecorder, PlainRecorder
 from tp_rs.integrations.transformers.reserve import passing, reserve
 from tp_rs.integrations.transformers.static_cache import windows_of
@@ -21,6 +21,7 @@ from tp_rs.integrations.transformers.static_cache import windows_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import torch
     from transformers import PreTrainedModel
 
     from tp_rs.integrations.transformers.execution import Ranks
@@ -132,6 +133,7 @@ class Capture:
             or generation.use_cache is False
             or generation.cache_implementation not in {None, "dynamic"}
             or any(value is not None for name, value in given.items() if name not in _TAKEN)
+            or not plain_prompt(given.get("attention_mask"), given.get("position_ids"), sequences)
         ):
             return None
         captured = self.ready(sequences, generation.max_length)
@@ -139,6 +141,15 @@ class Capture:
             return None
         self._cache = CapturedCache(captured)
         return self._cache
+
+    def _beyond_what_it_was_made_for(self, tokens: int) -> bool:
+        """Whether so many tokens are more than the model knows, and nobody planned for them.
+
+        Memory for them is taken at once, and what asks for as many mostly ends long before.
+        """
+        config = self._models[self._lead].config.get_text_config() if self._models else None
+        most = getattr(config, "max_position_embeddings", None)
+        return isinstance(most, int) and tokens > max(most, self.room.tokens)
 
     @contextmanager
     def turn(self) -> Iterator[bool]:
@@ -158,6 +169,8 @@ class Capture:
         """The steps, with room for such sequences; None where they cannot be used, which is logged once."""
         if not self.wanted or self._reason is not None or not self._models:
             return None
+        if self._beyond_what_it_was_made_for(tokens):
+            return None
         try:
             captured = self._captured or self._make()
             if isinstance(captured, str):
@@ -170,7 +183,9 @@ class Capture:
             if captured.recorder.stale():
                 captured.forget()
             captured.reserve(batch, tokens)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             self.refuse(f"out of memory: {error}")
             return None
         return captured

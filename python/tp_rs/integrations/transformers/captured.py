@@ -104,9 +104,12 @@ class Captured:
         if needed > self.room.tokens:
             needed = max(self._tokens, batch * rounded)
         self.forget()
-        self._tokens, self._batch = needed, max(self._batch, batch)
+        most = max(self._batch, batch)
+        # Nothing, should it fail.
+        self._tokens = self._batch = 0
         for seat in self.seats:
-            seat.cache.resize(self._tokens, self._batch)
+            seat.cache.resize(needed, most)
+        self._tokens, self._batch = needed, most
 
     def capacity(self, batch: int) -> int:
         """Tokens that a sequence of such a batch may have."""

@@ -13,7 +13,7 @@ from tp_rs.errors import TPError
 if TYPE_CHECKING:
     from tp_rs.integrations.transformers.captured import Captured
 
-__all__ = ["CapturedCache"]
+__all__ = ["CapturedCache", "plain_prompt"]
 
 _UNDERSTOOD = {
     "input_ids",
@@ -25,6 +25,34 @@ _UNDERSTOOD = {
     "return_dict",
 }
 _MASK = 2
+
+
+def plain_prompt(mask: Any, positions: Any, batch: int) -> bool:
+    """Whether a prompt has padding on the left only, and its positions count its tokens.
+
+    A prompt may come in pieces, of which none shows what the others are like.
+    """
+    if mask is None:
+        held = None
+    elif not isinstance(mask, torch.Tensor) or mask.ndim != _MASK or mask.shape[0] != batch:
+        return False
+    else:
+        held = mask.cpu().bool()
+        if not held[:, -1:].all() or (held[:, :-1] & ~held[:, 1:]).any():
+            return False
+    if positions is None:
+        return True
+    if (
+        not isinstance(positions, torch.Tensor)
+        or positions.ndim != _MASK
+        or positions.shape[0] not in {1, batch}
+    ):
+        return False
+    own = positions.cpu().expand(batch, -1)
+    if held is None:
+        held = torch.ones_like(own, dtype=torch.bool)
+    counted = held.cumsum(1) - 1
+    return own.shape == held.shape and bool((own == counted)[held].all())
 
 
 class _Length(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -95,7 +123,7 @@ class CapturedCache(Cache):
         ids = ids.cpu()
         if mask is None:
             counts = [new] * batch
-        elif not isinstance(mask, torch.Tensor) or mask.ndim != _MASK or mask.shape[1] != self.columns + new:
+        elif not isinstance(mask, torch.Tensor) or mask.shape != (batch, self.columns + new):
             return "got an attention_mask that is not one number a token"
         else:
             held = mask.cpu()[:, self.columns :].bool()

@@ -81,6 +81,9 @@ class Chunks:
             if "logits_to_keep" in self._parameters:
                 own["logits_to_keep"] = max(1, keep)
             result = step(**own)
+            if end < count and any(getattr(layer, "record_past", False) for layer in cache.layers):
+                # Layers that keep what a later crop may need would keep it before the next piece too.
+                cache.crop(0)
             if keep:
                 kept.append(result.logits[:, -keep:])
         if len(kept) > 1:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tp_rs.errors import TPError
 from tp_rs.integrations.transformers.layout import width
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class Link:
         self, rank: int, communicator: Communicator, baton: Baton, meeting: Communicator | None = None
     ) -> None:
         self.rank = rank
+        self.thread: int | None = None
+        """Whose calls these are, once there is one."""
         self.ranks = len(communicator.devices)
         self.baton = baton
         self.epoch = 0
@@ -58,9 +62,23 @@ class Link:
         if self._meeting is not None:
             self._meeting.abort(reason)
 
+    def _own(self, call: Callable[..., None]) -> Callable[..., None]:
+        """A call that only the rank's own thread makes: another one would wait for ranks that do not come."""
+
+        def run(*args: Any, **named: Any) -> None:
+            if self.thread is not None and threading.get_ident() != self.thread:
+                message = (
+                    "a part of a model over ranks was called by itself, and its ranks only meet in calls of "
+                    "the model; call the model, or its get_input_embeddings()"
+                )
+                raise TPError(message)
+            call(*args, **named)
+
+        return run
+
     def _in_step(self, call: Callable[..., None]) -> Callable[..., None]:
         if self._meeting is None or self.ranks == 1:
-            return call
+            return self._own(call)
         capturing, meet = torch.cuda.is_current_stream_capturing, self.barrier
 
         def run(*args: Any, **named: Any) -> None:
@@ -71,7 +89,7 @@ class Link:
             call(*args, **named)
             meet()
 
-        return run
+        return self._own(run)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors, in the tensor's own memory where that is contiguous."""

@@ -278,6 +278,7 @@ def _end(jobs: list[_Jobs], lanes: list[Lane]) -> None:
 
 def _work(link: Link, lane: Lane | None, jobs: _Jobs) -> None:
     last = -1
+    link.thread = threading.get_ident()
     entered = lane is None
     while (call := jobs.get()) is not None:
         if call.number == last:

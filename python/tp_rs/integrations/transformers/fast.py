@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +12,10 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from tp_rs.errors import InvalidInput
-from tp_rs.integrations.transformers.request import FAST, Request, request_of
+from tp_rs.integrations.transformers.request import FAST, Request, checked_seed, request_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tp_rs.integrations.transformers.captured import Captured
     from tp_rs.integrations.transformers.recorder import Replay
@@ -126,6 +128,9 @@ def generate_fast(
     """Generate with a loop of our own, or with `generate` where steps are not captured."""
     runner = model.tp_rs_runner
     runner.check_loaded()
+    if stop_strings is None:
+        stop_strings = model.generation_config.stop_strings
+    _check_told(streamer, stopped)
     request = request_of(model, ids, mask, seed, options)
     runner.check_tokens(max(request.lengths) + request.new_tokens)
     stops = _stops(stop_strings, tokenizer)
@@ -151,6 +156,15 @@ def generate_fast(
     ).to(ids.device)
 
 
+def _check_told(streamer: object, stopped: object) -> None:
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        message = f"streamer: got a {type(streamer).__name__}, wanted one with put and end"
+        raise InvalidInput(message)
+    if stopped is not None and not callable(stopped):
+        message = f"stopped: got {stopped!r}, wanted a function that says whether to stop"
+        raise InvalidInput(message)
+
+
 def _more_than_the_loop_does(config: Any) -> bool:
     """Whether the model's own defaults ask for beams, bans of n-grams or the like."""
     known = FAST | {
@@ -161,8 +175,10 @@ def _more_than_the_loop_does(config: Any) -> bool:
         "use_cache",
     }
 
+    defaults = config._get_default_generation_params()  # noqa: SLF001  what transformers means by None
+
     def idle(name: str, value: Any) -> bool:
-        return not value or (value == 1 and not name.startswith("min_"))
+        return value is None or value is False or (name in defaults and value == defaults[name])
 
     return not all(
         name in known or name.startswith("_") or idle(name, value)
@@ -186,9 +202,7 @@ def _ordinary(
     if not sampling["do_sample"]:
         sampling = {"do_sample": False, "repetition_penalty": sampling["repetition_penalty"]}
     criteria = [] if stopped is None else [Asked(stopped)]
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(request.seed)
+    with seeded(request.seed, device):
         result: torch.Tensor = model.generate(
             input_ids=request.ids.to(device),
             attention_mask=mask.to(device),
@@ -199,9 +213,22 @@ def _ordinary(
             tokenizer=tokenizer,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList(criteria),
+            return_dict_in_generate=False,
             **sampling,
         )
     return result
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draw random numbers from a seed, and afterwards as if none had been drawn. None draws the process's."""
+    if seed is None:
+        yield
+        return
+    number = checked_seed(seed)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(number)
+        yield
 
 
 class Asked(StoppingCriteria):
@@ -269,13 +296,17 @@ class _Sequences:
         return self.ids[:, : self._columns]
 
 
+def _listed(strings: Any) -> list[Any]:
+    return list(strings) if isinstance(strings, Iterable) else []
+
+
 def _stops(strings: str | Sequence[str] | None, tokenizer: Any) -> StopStringCriteria | None:
     if strings is None:
         return None
     if tokenizer is None:
         message = "stop_strings: they are looked for in text; pass the tokenizer beside them"
         raise InvalidInput(message)
-    wanted: list[Any] = [strings] if isinstance(strings, str) else list(strings)
+    wanted: list[Any] = [strings] if isinstance(strings, str) else _listed(strings)
     if not wanted or not all(isinstance(each, str) and each for each in wanted):
         message = f"stop_strings: got {strings!r}, wanted strings that are not empty"
         raise InvalidInput(message)

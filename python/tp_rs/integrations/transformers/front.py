@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils import dlpack
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.utils.generic import ModelOutput
 
 from tp_rs.errors import DoesNotFit, InvalidInput, TPError
 from tp_rs.integrations.transformers.cache import RankedCache
@@ -21,7 +19,8 @@ from tp_rs.integrations.transformers.capture import Capture
 from tp_rs.integrations.transformers.captured_cache import CapturedCache
 from tp_rs.integrations.transformers.chunks import Chunks
 from tp_rs.integrations.transformers.fast import generate_fast
-from tp_rs.integrations.transformers.fixed import METHODS, check_tokens
+from tp_rs.integrations.transformers.fixed import METHODS, check_generation, check_tokens
+from tp_rs.integrations.transformers.handed import let_go, ordinary
 from tp_rs.integrations.transformers.request import FAST
 from tp_rs.integrations.transformers.reserve import reserve
 from tp_rs.integrations.transformers.stream import stream
@@ -184,6 +183,14 @@ class _Runner:
         """Refuse tokens that are not in the model's vocabulary."""
         check_tokens(ids, self.models[self.lead].config.get_text_config().vocab_size)
 
+    def embed(self, ids: torch.Tensor) -> Any:
+        """What the ranks' embeddings make of tokens together."""
+        placed = self.ranks.placed(ids)
+        results = self.ranks.run(
+            lambda link: self.models[link.rank].get_input_embeddings()(placed[link.rank])
+        )
+        return ordinary(results[self.lead])
+
     def check_room(self, generation: Any) -> None:
         """Refuse a generation that could run into the limit, before it has cost anything."""
         if isinstance(generation.max_length, int):
@@ -211,7 +218,7 @@ class _Runner:
         self.capture.unload()
         if self.on_gpus:
             for model in self.models:
-                _let_go(model)
+                let_go(model)
             for cache in list(self._caches):
                 cache.let_go()
         self.models.clear()
@@ -229,7 +236,9 @@ class _Runner:
         """A cache for all ranks, with room for so many tokens if it is a new one."""
         if isinstance(cache, RankedCache):
             return cache
-        limits = [each for each in (room, self.limit) if each is not None]
+        known = getattr(self.models[self.lead].config.get_text_config(), "max_position_embeddings", None)
+        # A generation may be asked for more than it will ever have.
+        limits = [each for each in (room, self.limit or known) if isinstance(each, int)]
         most = min(limits) if limits else None
         return self._noted(RankedCache.of(cache, len(self.models), self.lead, self._changer(), most))
 
@@ -242,7 +251,7 @@ class _Runner:
         return cache
 
     def _join(self, results: list[Any], caches: dict[str, RankedCache]) -> Any:
-        result = _ordinary(results[self.lead])
+        result = ordinary(results[self.lead])
         for name in _CACHES:
             if isinstance(getattr(result, name, None), Cache):
                 given = caches.get(name)
@@ -251,33 +260,8 @@ class _Runner:
         return result
 
 
-def _let_go(model: PreTrainedModel) -> None:
-    """Free a model's memory even if somebody still holds its modules: the frames of an error do."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.new_empty(0)
-
-
-def _ordinary(value: Any) -> Any:
-    """The same memory as tensors that may be changed in place: those of inference mode may not."""
-    if isinstance(value, torch.Tensor):
-        if not value.is_cuda:
-            return dlpack.from_dlpack(value) if value.is_inference() else value
-        # It was made on the rank's stream, and is read on the caller's.
-        value.record_stream(torch.cuda.current_stream(value.device))
-        # torch exports tensors of the current device only.
-        with torch.cuda.device(value.device):
-            return dlpack.from_dlpack(value) if value.is_inference() else value
-    if isinstance(value, ModelOutput):
-        for name, each in value.items():
-            value[name] = _ordinary(each)
-        return value
-    if type(value) in {tuple, list}:
-        return type(value)(_ordinary(each) for each in value)
-    return value
-
-
 @functools.cache
-def _class_of(kind: type[PreTrainedModel]) -> Any:  # noqa: C901  one function for each name of the class
+def _class_of(kind: type[PreTrainedModel]) -> Any:  # noqa: C901, PLR0915  one function for each name of the class
     whole: Any = kind
     forward: Callable[..., Any] = kind.forward
 
@@ -315,6 +299,7 @@ def _class_of(kind: type[PreTrainedModel]) -> Any:  # noqa: C901  one function f
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         runner = self.tp_rs_runner
         runner.check_loaded()
+        check_generation(self.generation_config, kwargs)
         given = args[0] if args else kwargs.get("inputs")
         runner.check_vocabulary(kwargs.get("input_ids") if given is None else given)
         with runner.capture.generation():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from tp_rs.integrations.transformers.captured import MOST_SEQUENCES
 from tp_rs.integrations.transformers.fixed import check_tokens
 from tp_rs.integrations.transformers.sampling import MOST_ENDS, Sampling
 
-__all__ = ["FAST", "Request", "request_of"]
+__all__ = ["FAST", "Request", "checked_seed", "request_of"]
 
 FAST = frozenset(
     {
@@ -33,6 +35,8 @@ FAST = frozenset(
 _IDS = 2
 _DEFAULT = 20
 """New tokens where nobody said a number, as transformers has it."""
+_TOP_K = 50
+"""The most likely tokens that sampling chooses from where nobody said a number, as transformers has it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def request_of(
     Raises:
         InvalidInput: An argument cannot be used.
     """
-    if not isinstance(ids, torch.Tensor) or ids.ndim != _IDS or not ids.numel():
+    if not isinstance(ids, torch.Tensor) or ids.ndim != _IDS or not ids.numel() or not _readable(ids):
         got = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
         message = f"input_ids: got {got}, wanted a tensor (sequences, tokens) with one token at least"
         raise InvalidInput(message)
@@ -66,8 +70,8 @@ def request_of(
         message = f"input_ids: got {ids.shape[0]} sequences, wanted {MOST_SEQUENCES} at most"
         raise InvalidInput(message)
     vocabulary = model.config.get_text_config().vocab_size
-    ids = ids.detach().cpu().to(torch.int64)
     check_tokens(ids, vocabulary)
+    ids = ids.detach().cpu().to(torch.int64)
     lengths = _lengths(ids, mask)
     config = model.generation_config
 
@@ -76,31 +80,91 @@ def request_of(
         value = getattr(config, name, None) if value is None else value
         return default if value is None else value
 
-    sampling = Sampling(
-        **{
-            name: chosen(name, getattr(Sampling, name))
-            for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-        }
-    )
-    ends = chosen("eos_token_id", ())
-    ends = (ends,) if isinstance(ends, int) else tuple(ends)
-    if len(ends) > MOST_ENDS:
-        message = f"eos_token_id: got {len(ends)} tokens, wanted {MOST_ENDS} at most"
+    samples = chosen("do_sample", Sampling.do_sample)
+    if not isinstance(samples, bool):
+        message = f"do_sample: got {samples!r}, wanted True or False"
         raise InvalidInput(message)
-    padding = chosen("pad_token_id", ends[0] if ends else 0)
+    # What only sampling asks for is not looked at in the model's own settings, as `generate` does not.
+    numbers = {
+        name: chosen(name, default) if samples else options.get(name)
+        for name, default in (("temperature", 1.0), ("top_k", _TOP_K), ("top_p", 1.0))
+    }
+    numbers["repetition_penalty"] = chosen("repetition_penalty", 1.0)
+    sampling = Sampling(samples, **{name: value for name, value in numbers.items() if value is not None})
+    ends = _ends(chosen("eos_token_id", ()))
+    padding = whole_number("pad_token_id", chosen("pad_token_id", ends[0] if ends else 0))
+    if len(ids) > 1 and ends and not 0 <= padding < vocabulary:
+        message = (
+            f"pad_token_id: got {padding}, wanted 0 to {vocabulary - 1}: sequences that end first are padded"
+        )
+        raise InvalidInput(message)
     new = options.get("max_new_tokens")
-    if new is None:
-        new = config.max_new_tokens or max(1, (config.max_length or _DEFAULT) - ids.shape[1])
-    if isinstance(new, bool) or not isinstance(new, int) or new < 1:
+    new = _new_tokens(model.config, config, ids.shape[1]) if new is None else new
+    new = whole_number("max_new_tokens", new)
+    if new < 1:
         message = f"max_new_tokens: got {new!r}, wanted 1 at least"
         raise InvalidInput(message)
-    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    seed = int(torch.randint(2**62, ())) if seed is None else checked_seed(seed)
     return Request(ids, lengths, new, sampling, seed, ends, padding)
 
 
-def _lengths(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
+def checked_seed(seed: Any) -> int:
+    """A seed that torch takes, else `InvalidInput`."""
+    number = whole_number("seed", seed)
+    if not -(2**63) <= number < 2**64:
+        message = f"seed: got {number}, wanted a number of 64 bits"
+        raise InvalidInput(message)
+    return number
+
+
+def whole_number(argument: str, value: Any) -> int:
+    """A whole number, whatever type it has, else `InvalidInput`."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError  # noqa: TRY301  True is an index too
+        return operator.index(value)
+    except TypeError as error:
+        message = f"{argument}: got {value!r}, wanted a whole number"
+        raise InvalidInput(message) from error
+
+
+def _ends(given: Any) -> tuple[int, ...]:
+    several = given.tolist() if isinstance(given, torch.Tensor) else given
+    if isinstance(several, str) or not isinstance(several, Iterable):
+        several = [several]
+    ends = tuple(whole_number("eos_token_id", each) for each in several)
+    if len(ends) > MOST_ENDS:
+        message = f"eos_token_id: got {len(ends)} tokens, wanted {MOST_ENDS} at most"
+        raise InvalidInput(message)
+    for end in ends:
+        if not -(2**63) <= end < 2**63:
+            message = f"eos_token_id: got {end}, wanted a token"
+            raise InvalidInput(message)
+    return ends
+
+
+def _new_tokens(model_config: Any, config: Any, prompt: int) -> int:
+    """New tokens where the caller said no number, as transformers has it."""
+    if config.max_new_tokens is not None:
+        return int(config.max_new_tokens)
+    if config.max_length is not None:
+        return max(1, int(config.max_length) - prompt)
+    most = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return max(1, min(_DEFAULT, most - prompt)) if isinstance(most, int) else _DEFAULT
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.device.type != "meta"
+
+
+def _lengths(ids: torch.Tensor, mask: Any) -> list[int]:
     if mask is None:
         return [ids.shape[1]] * ids.shape[0]
+    if not isinstance(mask, torch.Tensor) or not _readable(mask):
+        message = (
+            f"attention_mask: got a {type(mask).__name__}, wanted a tensor {tuple(ids.shape)} like input_ids"
+        )
+        raise InvalidInput(message)
     held = mask.detach().cpu().bool()
     if held.shape != ids.shape:
         message = f"attention_mask: got {tuple(held.shape)}, wanted {tuple(ids.shape)} like input_ids"

@@ -19,6 +19,7 @@ _FEW = 256
 """The largest `top_k` that is found without sorting the vocabulary."""
 _PARTS = 256
 """Parts of a row whose largest are looked for apart, where the vocabulary's size allows."""
+_LEAST = torch.finfo(torch.float32).tiny / 2
 MOST_ENDS = 16
 """Tokens that may end a sequence."""
 
@@ -38,15 +39,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         wanted: tuple[tuple[str, Any, float, float, str], ...] = (
-            ("temperature", self.temperature, 0.0, float("inf"), "above 0"),
-            ("repetition_penalty", self.repetition_penalty, 0.0, float("inf"), "above 0"),
+            ("temperature", self.temperature, _LEAST, float("inf"), "above 0 in float32"),
+            ("repetition_penalty", self.repetition_penalty, _LEAST, float("inf"), "above 0 in float32"),
             ("top_p", self.top_p, 0.0, 1.0 + 1e-12, "above 0 and at most 1"),
         )
         for name, value, low, high, words in wanted:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not low < value < high:
+            if not _is_number(value) or not low < value < high:
                 message = f"{name}: got {value!r}, wanted a number {words}"
                 raise InvalidInput(message)
+            # transformers takes no whole numbers.
+            object.__setattr__(self, name, float(value))
         top_k: Any = self.top_k
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
             message = f"top_k: got {self.top_k!r}, wanted a number of tokens, or 0 for all"
@@ -64,6 +66,15 @@ class Sampling:
         else:
             way = "all"
         return way, self.repetition_penalty != 1.0
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 class Chooser:

@@ -265,7 +265,7 @@ class _Ring(_Kind):
         step = self.step
         if step.tokens == 1:
             _store(keys, values, new_keys, new_values, self._at)
-            return keys, values
+            return (new_keys, new_values) if step.shape.first else (keys, values)
         seen = new_keys, new_values
         if not step.shape.first:
             seen = torch.cat([keys, new_keys], dim=2), torch.cat([values, new_values], dim=2)
