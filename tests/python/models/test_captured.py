@@ -155,8 +155,9 @@ def test_records_are_made_anew_with_more_memory(model, inputs):
         front.unload()
 
 
-def test_warmup_records_ahead(model, inputs, monkeypatch):
-    front = load(model, plan=SPLITS, check=False, capture=True, warmup=[2], context=60)
+@pytest.mark.parametrize("room", [{"context": 60}, {}], ids=str)
+def test_warmup_records_ahead(model, inputs, monkeypatch, room):
+    front = load(model, plan=SPLITS, check=False, capture=True, warmup=[2], **room)
     try:
         monkeypatch.setattr(Captured, "_record", lambda *_: pytest.fail("recorded late"))
         front.generate(**inputs, do_sample=False)

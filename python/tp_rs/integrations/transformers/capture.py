@@ -147,9 +147,14 @@ class Capture:
 
         Memory for them is taken at once, and what asks for as many mostly ends long before.
         """
+        most = self._most_tokens()
+        return most is not None and tokens > max(most, self.room.tokens)
+
+    def _most_tokens(self) -> int | None:
+        """Tokens of the longest sequence that the model was made for, where it says so."""
         config = self._models[self._lead].config.get_text_config() if self._models else None
         most = getattr(config, "max_position_embeddings", None)
-        return isinstance(most, int) and tokens > max(most, self.room.tokens)
+        return most if isinstance(most, int) else None
 
     @contextmanager
     def turn(self) -> Iterator[bool]:
@@ -192,8 +197,9 @@ class Capture:
 
     def warm(self, batches: Sequence[int], limit: int | None) -> None:
         """Record the steps of these numbers of sequences for prompts and decoding."""
+        unlimited = min(_WITHOUT_LIMIT, self._most_tokens() or _WITHOUT_LIMIT)
         for batch in batches:
-            captured = self.ready(batch, max(1, self.room.tokens // batch) if limit else _WITHOUT_LIMIT)
+            captured = self.ready(batch, max(1, self.room.tokens // batch) if limit else unlimited)
             if captured is not None:
                 captured.warm(batch)
 
