@@ -2,11 +2,13 @@
 
 use super::balance::{self, Balanced, FixedSteps};
 use super::derive::{follow, residual};
-use super::memory::{account, phase_reads};
+use super::memory::phase_reads;
+use super::notes;
 use super::reference::{ReferenceInput, define_splits};
+use super::shared::{SharedDevices, within};
 use super::shortfall;
 use super::validate::{check_arguments, check_residual, check_shares};
-use super::workload::{Axis, Workload};
+use super::workload::Workload;
 use super::{
     Context, GIB, MIB, Options, PLAN_VERSION, Plan, PlannedModel, RankBudget, RankPlan, Split, Splits,
     StepTime, Strategy,
@@ -38,7 +40,9 @@ pub struct Subject<'a> {
 /// Whatever [`crate::plan`] lists.
 pub fn plan(subject: &Subject<'_>, budgets: &[RankBudget], options: &Options) -> Result<Plan> {
     check_arguments(budgets, options)?;
-    let planner = Planner { subject, budgets, options };
+    let shared = SharedDevices::of(budgets);
+    let ways = shared.ways(budgets);
+    let planner = Planner { subject, budgets, options, shared, ways };
     match options.context {
         Context::Tokens(context) => planner.at(context),
         Context::Default => {
@@ -49,9 +53,12 @@ pub fn plan(subject: &Subject<'_>, budgets: &[RankBudget], options: &Options) ->
 }
 
 pub(super) struct Planner<'a> {
-    subject: &'a Subject<'a>,
-    budgets: &'a [RankBudget],
+    pub(super) subject: &'a Subject<'a>,
+    pub(super) budgets: &'a [RankBudget],
     options: &'a Options,
+    shared: SharedDevices,
+    /// The budgets in every way that ranks may bear what they share.
+    ways: Vec<Vec<RankBudget>>,
 }
 
 impl Planner<'_> {
@@ -71,13 +78,13 @@ impl Planner<'_> {
     fn at(&self, context: u64) -> Result<Plan> {
         let workload = self.workload(context, self.chunk());
         let fixed = check_shares(&workload, self.budgets, self.options)?;
-        let splits = self.splits(&workload, &fixed, context)?;
-        let ranks = self.accounts(&workload, &splits);
-        let fits = fit(&ranks);
+        let (splits, extra) = self.splits(&workload, &fixed, context)?;
+        let ranks = self.accounts(&workload, &splits, extra);
+        let fits = fit(&ranks, 0);
         let max_context = self.max_context(&splits, &fixed, fits.then_some(context));
         let shortfall =
             (!fits).then(|| shortfall::describe(self, &ranks, &splits, &fixed, context, max_context));
-        let notes = self.notes(&workload, &splits, context);
+        let notes = notes::of(self, &workload, &splits, context);
         Ok(Plan {
             version: PLAN_VERSION,
             model: self.subject.model.clone(),
@@ -109,7 +116,7 @@ impl Planner<'_> {
             if self.options.strategy == Strategy::Balanced {
                 let workload = self.workload(context, self.chunk());
                 let fixed = check_shares(&workload, self.budgets, self.options)?;
-                return Ok(self.feasible(&workload, &fixed));
+                return Ok(self.any(&workload, &fixed, 0)?.is_some());
             }
             match self.at(context) {
                 Ok(plan) => Ok(plan.fits),
@@ -139,29 +146,47 @@ impl Planner<'_> {
         self.at(context)
     }
 
-    fn feasible(&self, workload: &Workload, fixed: &FixedSteps) -> bool {
-        balance::feasible(workload, self.budgets, self.options, fixed, 0)
+    /// Splits that fit with `extra` bytes more on every rank, if some are found.
+    fn any(&self, workload: &Workload, fixed: &FixedSteps, extra: u64) -> Result<Option<Splits>> {
+        self.exact(workload, extra, |budgets| balance::any(workload, budgets, self.options, fixed, extra))
     }
 
-    fn splits(&self, workload: &Workload, fixed: &FixedSteps, context: u64) -> Result<Splits> {
-        if self.options.strategy == Strategy::ExLlamaV2 {
-            return self.reference(workload, context);
+    /// What `find` finds for the first of the ways to charge ranks with which it fits to the byte.
+    fn exact(
+        &self,
+        workload: &Workload,
+        extra: u64,
+        find: impl Fn(&[RankBudget]) -> Option<Balanced>,
+    ) -> Result<Option<Splits>> {
+        for budgets in &self.ways {
+            let Some(balanced) = find(budgets) else { continue };
+            let splits = self.complete(workload, balanced)?;
+            if fit(&self.accounts(workload, &splits, extra), extra) {
+                return Ok(Some(splits));
+            }
         }
-        let balanced = match self.solved(workload, fixed, context) {
-            Some(balanced) => balanced,
-            None => self
-                .nearest(workload, fixed)
-                .and_then(|extra| self.solve(workload, fixed, extra, None))
-                .ok_or_else(|| {
-                    let got = format!("{} ranks", self.budgets.len());
-                    Error::invalid("gpu_split", got, "budgets that some split of this model could ever use")
-                })?,
-        };
-        self.complete(workload, balanced)
+        Ok(None)
+    }
+
+    /// The splits of the plan, and the bytes that every rank needs more for them.
+    fn splits(&self, workload: &Workload, fixed: &FixedSteps, context: u64) -> Result<(Splits, u64)> {
+        if self.options.strategy == Strategy::ExLlamaV2 {
+            return Ok((self.reference(workload, context)?, 0));
+        }
+        if let Some(splits) = self.solved(workload, fixed, context)? {
+            return Ok((splits, 0));
+        }
+        if let Some(extra) = self.nearest(workload, fixed)
+            && let Some(splits) = self.solve(workload, fixed, extra, None)?
+        {
+            return Ok((splits, extra));
+        }
+        let got = format!("{} ranks", self.budgets.len());
+        Err(Error::invalid("gpu_split", got, "budgets that some split of this model could ever use"))
     }
 
     /// The fastest split that fits, if one is found.
-    fn solved(&self, workload: &Workload, fixed: &FixedSteps, context: u64) -> Option<Balanced> {
+    fn solved(&self, workload: &Workload, fixed: &FixedSteps, context: u64) -> Result<Option<Splits>> {
         // The reference's split is one more candidate: the answer is then never slower than it.
         let plain = self.options.shares == super::ExplicitShares::default();
         let known = if plain { self.reference(workload, context).ok() } else { None };
@@ -181,14 +206,16 @@ impl Planner<'_> {
         fixed: &FixedSteps,
         extra: u64,
         known: Option<&Balanced>,
-    ) -> Option<Balanced> {
+    ) -> Result<Option<Splits>> {
         let unshared = Options { duplicate_kv: false, ..self.options.clone() };
-        // Whole heads are a part of what sharing allows, and a smaller search: a start that is never worse.
-        let whole = balance::solve(workload, self.budgets, &unshared, fixed, extra, known);
-        if !self.options.duplicate_kv {
-            return whole;
-        }
-        balance::solve(workload, self.budgets, self.options, fixed, extra, whole.as_ref())
+        self.exact(workload, extra, |budgets| {
+            // Whole heads are a part of what sharing allows, and a smaller search: a start that is never worse.
+            let whole = balance::solve(workload, budgets, &unshared, fixed, extra, known);
+            if !self.options.duplicate_kv {
+                return whole;
+            }
+            balance::solve(workload, budgets, self.options, fixed, extra, whole.as_ref())
+        })
     }
 
     /// `context`, or a little beyond it: the full search finds splits at the very edge of the memory that the question
@@ -196,7 +223,8 @@ impl Planner<'_> {
     fn at_the_edge(&self, fixed: &FixedSteps, mut context: u64) -> u64 {
         let more = |context: u64| {
             let workload = self.workload(context, self.chunk());
-            self.options.strategy == Strategy::Balanced && self.solved(&workload, fixed, context).is_some()
+            self.options.strategy == Strategy::Balanced
+                && matches!(self.solved(&workload, fixed, context), Ok(Some(_)))
         };
         let beyond = context.saturating_add(EDGE).min(self.longest());
         while context > 0 && context < beyond && more(context + 1) {
@@ -207,7 +235,8 @@ impl Planner<'_> {
 
     /// The least number of bytes, to a MiB, that every rank would need more for some split to fit.
     fn nearest(&self, workload: &Workload, fixed: &FixedSteps) -> Option<u64> {
-        let fits = |extra: u64| balance::feasible(workload, self.budgets, self.options, fixed, extra);
+        // What is wrong with the splits themselves is said when they are made.
+        let fits = |extra: u64| !matches!(self.any(workload, fixed, extra), Ok(None));
         let mut high = MIB;
         while !fits(high) {
             high = high.checked_mul(2).filter(|extra| *extra < GIB * GIB)?;
@@ -264,11 +293,9 @@ impl Planner<'_> {
         })
     }
 
-    pub(super) fn accounts(&self, workload: &Workload, splits: &Splits) -> Vec<RankPlan> {
-        let ranks = self.budgets.iter().enumerate();
-        ranks
-            .map(|(rank, budget)| account(workload, &workload.holdings(splits, rank), rank, budget))
-            .collect()
+    fn accounts(&self, workload: &Workload, splits: &Splits, extra: u64) -> Vec<RankPlan> {
+        let holdings: Vec<_> = (0..self.budgets.len()).map(|rank| workload.holdings(splits, rank)).collect();
+        self.shared.accounts(workload, self.budgets, &holdings, extra)
     }
 
     fn step_time(&self, workload: &Workload, splits: &Splits) -> StepTime {
@@ -287,9 +314,9 @@ impl Planner<'_> {
     pub(super) fn fits(&self, splits: &Splits, fixed: &FixedSteps, context: u64, chunk: u64) -> bool {
         let workload = self.workload(context, chunk);
         if self.options.strategy == Strategy::Balanced {
-            self.feasible(&workload, fixed)
+            matches!(self.any(&workload, fixed, 0), Ok(Some(_)))
         } else {
-            fit(&self.accounts(&workload, splits))
+            fit(&self.accounts(&workload, splits, 0), 0)
         }
     }
 
@@ -300,52 +327,10 @@ impl Planner<'_> {
         };
         self.at_the_edge(fixed, largest(self.longest().max(known.unwrap_or(1)), fits))
     }
-
-    fn notes(&self, workload: &Workload, splits: &Splits, context: u64) -> Vec<String> {
-        let mut notes = self.subject.notes.clone();
-        let device = |rank: usize| format!("rank {rank} ({})", self.budgets[rank].device);
-        if let Some(positions) = self.subject.max_positions.filter(|positions| context > *positions) {
-            notes.push(format!(
-                "a context of {context} tokens is beyond the {positions} positions of the model"
-            ));
-        }
-        for pair in splits.kv.0.windows(2) {
-            if let [left, right] = pair
-                && right.start < left.end
-            {
-                let (left, right, head) = (device(left.rank), device(right.rank), right.start);
-                notes.push(format!(
-                    "KV head {head} is kept by {left} and by {right}, which share its query heads"
-                ));
-            }
-        }
-        for (rank, budget) in self.budgets.iter().enumerate() {
-            let holdings = workload.holdings(splits, rank);
-            if holdings.is_empty() && budget.gib > 0.0 {
-                notes.push(format!("{} holds nothing", device(rank)));
-            } else if holdings.query_heads == 0 && !holdings.is_empty() && workload.kv_heads.total > 0 {
-                notes.push(format!("{} holds no attention heads and no cache", device(rank)));
-            }
-        }
-        let axes = [("kv", &splits.kv, &workload.kv_heads), ("id", &splits.id, &workload.intermediate)];
-        for (name, split, axis) in axes {
-            if let Some(share) = split.0.iter().find(|share| misplaced(share.start, axis)) {
-                let (at, grid) = (share.start, axis.grid);
-                notes.push(format!(
-                    "the {name} split cuts at {at}, but these weights can only be cut at multiples of {grid}"
-                ));
-            }
-        }
-        notes
-    }
 }
 
-fn misplaced(cut: u64, axis: &Axis) -> bool {
-    !cut.is_multiple_of(axis.grid)
-}
-
-fn fit(ranks: &[RankPlan]) -> bool {
-    ranks.iter().all(|rank| rank.total <= rank.budget)
+fn fit(ranks: &[RankPlan], extra: u64) -> bool {
+    ranks.iter().all(|rank| within(rank, extra))
 }
 
 /// The intervals cut off at `end`.

@@ -66,16 +66,16 @@ pub(crate) fn solve(
     Some(problem.splits_of(&found))
 }
 
-/// Whether any split of `workload` fits `budgets`.
-pub(crate) fn feasible(
+/// Any split of `workload` that fits `budgets`.
+pub(crate) fn any(
     workload: &Workload,
     budgets: &[RankBudget],
     options: &Options,
     fixed: &FixedSteps,
     extra: u64,
-) -> bool {
+) -> Option<Balanced> {
     let problem = Problem::new(workload, budgets, options, fixed, extra);
-    search::search(&problem, Goal::Any, None).is_some()
+    search::search(&problem, Goal::Any, None).map(|found| problem.splits_of(&found))
 }
 
 impl Problem {

@@ -1,0 +1,121 @@
+//! What a plan promises, asked again: planning what it says gives what it says.
+
+// A test that meets what it did not expect has to stop there.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use tp_rs::model::ModelShape;
+use tp_rs::plan;
+use tp_rs::split::activations::{CUDA_FRAMEWORK_BYTES, CUDA_RANK_BYTES, CUDA_STREAM_BYTES};
+use tp_rs::split::{Context, Item, Options, Plan, RankBudget};
+
+fn published(name: &str) -> ModelShape {
+    let path = format!("{}/tests/data/configs/{name}.json", env!("CARGO_MANIFEST_DIR"));
+    let config: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    ModelShape::from_config(&config, name).unwrap()
+}
+
+fn small() -> ModelShape {
+    let config = json!({
+        "model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 32000,
+        "max_position_embeddings": 65536, "torch_dtype": "bfloat16",
+    });
+    ModelShape::from_config(&config, "small").unwrap()
+}
+
+/// Budgets as the Python package makes them: the first rank of a device in the list is given its context.
+fn on_devices(ranks: &[(usize, f64)]) -> Vec<RankBudget> {
+    let with = |place: usize, (device, gib): (usize, f64)| {
+        if ranks[..place].iter().any(|earlier| earlier.0 == device) {
+            RankBudget::sharing(&format!("cuda:{device}"), gib)
+        } else {
+            RankBudget::cuda(device, gib)
+        }
+    };
+    ranks.iter().enumerate().map(|(place, rank)| with(place, *rank)).collect()
+}
+
+fn tokens(context: u64) -> Options {
+    Options { context: Context::Tokens(context), ..Options::default() }
+}
+
+/// On every device with ranks that hold something, one of them bears the context; others and empty ranks do not.
+fn contexts_are_counted_once(plan: &Plan) {
+    let mut devices: Vec<&str> = plan.ranks.iter().map(|rank| rank.device.as_str()).collect();
+    devices.sort_unstable();
+    devices.dedup();
+    for device in devices {
+        let there = plan.ranks.iter().filter(|rank| rank.device == device && rank.total > 0);
+        let mut framework: Vec<u64> = there.map(|rank| rank.bytes(Item::Framework)).collect();
+        framework.sort_unstable();
+        if let Some(most) = framework.pop() {
+            assert_eq!(most, CUDA_FRAMEWORK_BYTES, "{device}: {:?}", plan.ranks);
+            assert!(
+                framework.iter().all(|bytes| *bytes == CUDA_RANK_BYTES + CUDA_STREAM_BYTES),
+                "{framework:?}"
+            );
+        }
+    }
+    assert_eq!(plan.fits, plan.ranks.iter().all(|rank| rank.total <= rank.budget));
+}
+
+/// The context of a device was forgotten where the first rank there had no budget, or too little for anything.
+#[test]
+fn the_context_of_a_device_is_counted_where_its_first_rank_holds_nothing() {
+    let shape = published("llama-3-8b");
+    for (ranks, first) in [
+        (vec![(0, 24.0), (0, 0.0)], 0),
+        (vec![(0, 0.0), (0, 24.0)], 1),
+        (vec![(0, 0.01), (0, 12.0), (1, 12.0)], 1),
+    ] {
+        let plan = plan(&shape, &on_devices(&ranks), &tokens(8192)).unwrap();
+        assert!(plan.fits);
+        contexts_are_counted_once(&plan);
+        assert_eq!(plan.ranks[first].bytes(Item::Framework), CUDA_FRAMEWORK_BYTES, "{ranks:?}");
+    }
+}
+
+/// A rank with 1 GiB could bear the context but does not: what is left for it is worth more beside another's.
+#[test]
+fn a_device_is_borne_by_a_rank_that_can() {
+    let shape = small();
+    for ranks in [vec![(0, 0.9), (0, 3.0)], vec![(0, 0.5), (0, 3.0)], vec![(0, 0.5), (0, 0.7), (0, 2.0)]] {
+        let plan = plan(&shape, &on_devices(&ranks), &tokens(1024)).unwrap();
+        assert!(plan.fits, "{:?}", plan.shortfall);
+        contexts_are_counted_once(&plan);
+    }
+}
+
+fn shared_ranks() -> impl Strategy<Value = Vec<(usize, f64)>> {
+    let gib = prop_oneof![Just(0.0), 0.001_f64..0.3, 0.5_f64..1.2, 1.0_f64..3.0];
+    prop::collection::vec((0_usize..2, gib), 1..6)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn ranks_of_one_device_bear_its_context_once(ranks in shared_ranks(), context in 1_u64..20_000) {
+        prop_assume!(ranks.iter().any(|rank| rank.1 > 0.0));
+        let shape = small();
+        let budgets = on_devices(&ranks);
+        let Ok(made) = plan(&shape, &budgets, &tokens(context)) else { return Ok(()) };
+        contexts_are_counted_once(&made);
+        // Ranks without a budget change nothing.
+        let with_room: Vec<(usize, f64)> = ranks.iter().copied().filter(|rank| rank.1 > 0.0).collect();
+        let without = plan(&shape, &on_devices(&with_room), &tokens(context)).unwrap();
+        let used = |plan: &Plan| {
+            let ranks = plan.ranks.iter().filter(|rank| rank.budget > 0);
+            ranks.map(|rank| rank.items.clone()).collect::<Vec<_>>()
+        };
+        prop_assert_eq!(used(&made), used(&without));
+        prop_assert_eq!((made.fits, made.max_context), (without.fits, without.max_context));
+        if made.max_context > 0 {
+            let largest = plan(&shape, &budgets, &tokens(made.max_context)).unwrap();
+            prop_assert!(largest.fits, "{} tokens: {:?}", made.max_context, largest.shortfall);
+            contexts_are_counted_once(&largest);
+        }
+    }
+}
