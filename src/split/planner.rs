@@ -1,6 +1,6 @@
 //! From a model's costs and the ranks' budgets to a [`Plan`].
 
-use super::balance::{self, Balanced, FixedSteps};
+use super::balance::{self, Balanced, FixedSteps, Question, Reserve};
 use super::derive::{follow, residual};
 use super::memory::phase_reads;
 use super::notes;
@@ -42,7 +42,9 @@ pub fn plan(subject: &Subject<'_>, budgets: &[RankBudget], options: &Options) ->
     check_arguments(budgets, options)?;
     let shared = SharedDevices::of(budgets);
     let ways = shared.ways(budgets);
-    let planner = Planner { subject, budgets, options, shared, ways };
+    let mut usable = (0..budgets.len()).filter(|rank| budgets[*rank].gib > 0.0);
+    let lone = usable.next().filter(|_| usable.next().is_none());
+    let planner = Planner { subject, budgets, options, shared, ways, lone };
     match options.context {
         Context::Tokens(context) => planner.at(context),
         Context::Default => {
@@ -59,6 +61,8 @@ pub(super) struct Planner<'a> {
     shared: SharedDevices,
     /// The budgets in every way that ranks may bear what they share.
     ways: Vec<Vec<RankBudget>>,
+    /// The rank with a budget, if there is one only.
+    lone: Option<usize>,
 }
 
 impl Planner<'_> {
@@ -148,21 +152,32 @@ impl Planner<'_> {
 
     /// Splits that fit with `extra` bytes more on every rank, if some are found.
     fn any(&self, workload: &Workload, fixed: &FixedSteps, extra: u64) -> Result<Option<Splits>> {
-        self.exact(workload, extra, |budgets| balance::any(workload, budgets, self.options, fixed, extra))
+        match self.lone {
+            // One rank has no choice, so that nothing is estimated.
+            Some(rank) => self.exact(workload, fixed, extra, |_| Some(Balanced::alone(workload, rank))),
+            None => self.exact(workload, fixed, extra, balance::any),
+        }
     }
 
     /// What `find` finds for the first of the ways to charge ranks with which it fits to the byte.
     fn exact(
         &self,
         workload: &Workload,
+        fixed: &FixedSteps,
         extra: u64,
-        find: impl Fn(&[RankBudget]) -> Option<Balanced>,
+        find: impl Fn(&Question<'_>) -> Option<Balanced>,
     ) -> Result<Option<Splits>> {
+        let reserves =
+            if rounded(workload) { &[Reserve::Nothing, Reserve::Rounding][..] } else { &[Reserve::Nothing] };
         for budgets in &self.ways {
-            let Some(balanced) = find(budgets) else { continue };
-            let splits = self.complete(workload, balanced)?;
-            if fit(&self.accounts(workload, &splits, extra), extra) {
-                return Ok(Some(splits));
+            for &reserve in reserves {
+                let question = Question { workload, budgets, options: self.options, fixed, extra, reserve };
+                // What does not even fit without a reserve does not fit with one.
+                let Some(balanced) = find(&question) else { break };
+                let splits = self.complete(workload, balanced)?;
+                if fit(&self.accounts(workload, &splits, extra), extra) {
+                    return Ok(Some(splits));
+                }
             }
         }
         Ok(None)
@@ -207,15 +222,23 @@ impl Planner<'_> {
         extra: u64,
         known: Option<&Balanced>,
     ) -> Result<Option<Splits>> {
+        if self.lone.is_some() {
+            return self.any(workload, fixed, extra);
+        }
         let unshared = Options { duplicate_kv: false, ..self.options.clone() };
-        self.exact(workload, extra, |budgets| {
+        let fastest = self.exact(workload, fixed, extra, |question| {
             // Whole heads are a part of what sharing allows, and a smaller search: a start that is never worse.
-            let whole = balance::solve(workload, budgets, &unshared, fixed, extra, known);
+            let whole = balance::solve(&Question { options: &unshared, ..*question }, known);
             if !self.options.duplicate_kv {
                 return whole;
             }
-            balance::solve(workload, budgets, self.options, fixed, extra, whole.as_ref())
-        })
+            balance::solve(question, whole.as_ref())
+        })?;
+        if fastest.is_some() || (self.ways.len() == 1 && !rounded(workload)) {
+            return Ok(fastest);
+        }
+        // Of two splits that are a few bytes too large for the solver's estimate, either may fit to the byte.
+        self.any(workload, fixed, extra)
     }
 
     /// `context`, or a little beyond it: the full search finds splits at the very edge of the memory that the question
@@ -327,6 +350,11 @@ impl Planner<'_> {
         };
         self.at_the_edge(fixed, largest(self.longest().max(known.unwrap_or(1)), fits))
     }
+}
+
+/// Whether shares follow others and are rounded, which the solver estimates.
+fn rounded(workload: &Workload) -> bool {
+    !workload.widths.is_empty() || workload.experts.is_some()
 }
 
 fn fit(ranks: &[RankPlan], extra: u64) -> bool {
