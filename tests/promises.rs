@@ -25,6 +25,16 @@ fn small() -> ModelShape {
     ModelShape::from_config(&config, "small").unwrap()
 }
 
+/// Llama-3.1-8B in the main.
+fn long_llama() -> ModelShape {
+    let config = json!({
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
+        "max_position_embeddings": 131_072, "torch_dtype": "bfloat16",
+    });
+    ModelShape::from_config(&config, "long").unwrap()
+}
+
 /// Budgets as the Python package makes them: the first rank of a device in the list is given its context.
 fn on_devices(ranks: &[(usize, f64)]) -> Vec<RankBudget> {
     let with = |place: usize, (device, gib): (usize, f64)| {
@@ -115,6 +125,21 @@ fn ranks_of_fixed_residual_columns_pay_for_taking_part() {
     assert!(plan(&shape, &richer, &most).unwrap().fits);
 }
 
+/// 103863 tokens were advised here, for the splits of 131072, and did not fit with their own.
+#[test]
+fn the_reference_s_advice_can_be_followed() {
+    let shape = long_llama();
+    let ranks = on_devices(&[(0, 24.0), (1, 12.0), (2, 8.0)]);
+    let at = |context| {
+        let options = Options { strategy: tp_rs::split::Strategy::ExLlamaV2, context, ..Options::default() };
+        plan(&shape, &ranks, &options).unwrap()
+    };
+    let (short, long, most) = (at(Context::Tokens(4096)), at(Context::Tokens(131_072)), at(Context::Max));
+    assert!(short.fits && !long.fits && most.fits);
+    assert_eq!([short.max_context, long.max_context], [most.context; 2]);
+    assert!(long.shortfall.unwrap().advice.contains(&most.context.to_string()));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
@@ -181,6 +206,45 @@ proptest! {
         if made.max_context > 0 {
             let again = plan(&shape, &ranks, &Options { experts, ..tokens(made.max_context) }).unwrap();
             prop_assert!(again.fits, "{:?}", again.shortfall);
+        }
+    }
+
+    /// The reference's splits depend on the context: only those made for a context say whether it fits.
+    #[test]
+    fn the_reference_s_largest_context_fits_with_its_own_splits(
+        gib in prop::collection::vec(6.0_f64..26.0, 2..5), context in 1_u64..131_072, batch in 1_u64..3,
+    ) {
+        let shape = long_llama();
+        let options = |context| {
+            Options { strategy: tp_rs::split::Strategy::ExLlamaV2, batch, context, ..Options::default() }
+        };
+        let ranks: Vec<RankBudget> = gib.iter().enumerate().map(|(rank, gib)| RankBudget::cuda(rank, *gib)).collect();
+        let at = |context| plan(&shape, &ranks, &options(Context::Tokens(context)));
+        let asked = match at(context) {
+            Err(error) => {
+                prop_assert!(matches!(error, Error::NothingToApportion { .. }), "{}", error);
+                return Ok(());
+            }
+            Ok(asked) => asked,
+        };
+        prop_assert!(!asked.fits || asked.max_context >= context);
+        if asked.max_context > 0 {
+            prop_assert!(at(asked.max_context).unwrap().fits, "{} tokens", asked.max_context);
+            let beyond = at(asked.max_context + 1);
+            let at_the_end = asked.max_context == 131_072 || asked.max_context == context;
+            prop_assert!(at_the_end || !beyond.is_ok_and(|plan| plan.fits));
+        }
+        match plan(&shape, &ranks, &options(Context::Max)) {
+            Ok(most) => {
+                prop_assert!(most.fits && most.context == most.max_context);
+                prop_assert!(asked.max_context == most.context || asked.max_context == context);
+            }
+            Err(Error::DoesNotFit(_) | Error::NothingToApportion { .. }) => prop_assert!(!asked.fits || context > 1),
+            Err(error) => prop_assert!(false, "{error}"),
+        }
+        if let Some(shortfall) = asked.shortfall && asked.max_context > 0 {
+            let advised = shortfall.advice.contains(&format!("context of {} tokens", asked.max_context));
+            prop_assert!(advised, "{}", shortfall.advice);
         }
     }
 }

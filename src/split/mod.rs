@@ -4,6 +4,7 @@ mod apportion;
 pub mod balance;
 mod derive;
 mod intervals;
+mod longest;
 mod memory;
 mod notes;
 mod options;

@@ -17,8 +17,6 @@ use crate::error::{Error, Result};
 
 /// The context of a plan where neither the caller nor the model says one.
 pub const DEFAULT_CONTEXT: u64 = 8192;
-/// The largest context that is looked for where the model does not say its own limit.
-const LONGEST_CONTEXT: u64 = 1 << 22;
 
 /// A model as the planner asks for it.
 pub struct Subject<'a> {
@@ -57,7 +55,7 @@ pub fn plan(subject: &Subject<'_>, budgets: &[RankBudget], options: &Options) ->
 pub(super) struct Planner<'a> {
     pub(super) subject: &'a Subject<'a>,
     pub(super) budgets: &'a [RankBudget],
-    options: &'a Options,
+    pub(super) options: &'a Options,
     shared: SharedDevices,
     /// The budgets in every way that ranks may bear what they share.
     ways: Vec<Vec<RankBudget>>,
@@ -74,20 +72,15 @@ impl Planner<'_> {
         self.options.chunk
     }
 
-    fn longest(&self) -> u64 {
-        self.subject.max_positions.unwrap_or(LONGEST_CONTEXT).max(1)
-    }
-
     /// The plan at a given context, whether it fits or not.
-    fn at(&self, context: u64) -> Result<Plan> {
+    pub(super) fn at(&self, context: u64) -> Result<Plan> {
         let workload = self.workload(context, self.chunk());
         let fixed = check_shares(&workload, self.budgets, self.options)?;
         let (splits, extra) = self.splits(&workload, &fixed, context)?;
         let ranks = self.accounts(&workload, &splits, extra);
         let fits = fit(&ranks, 0);
-        let max_context = self.max_context(&splits, &fixed, fits.then_some(context));
-        let shortfall =
-            (!fits).then(|| shortfall::describe(self, &ranks, &splits, &fixed, context, max_context));
+        let max_context = self.max_context(&fixed, fits.then_some(context));
+        let shortfall = (!fits).then(|| shortfall::describe(self, &ranks, &fixed, context, max_context));
         let notes = notes::of(self, &workload, &splits, context);
         Ok(Plan {
             version: PLAN_VERSION,
@@ -114,44 +107,8 @@ impl Planner<'_> {
         })
     }
 
-    /// The plan at the largest context that fits.
-    fn at_most(&self) -> Result<Plan> {
-        let fits = |context: u64| -> Result<bool> {
-            if self.options.strategy == Strategy::Balanced {
-                let workload = self.workload(context, self.chunk());
-                let fixed = check_shares(&workload, self.budgets, self.options)?;
-                return Ok(self.any(&workload, &fixed, 0)?.is_some());
-            }
-            match self.at(context) {
-                Ok(plan) => Ok(plan.fits),
-                Err(Error::NothingToApportion { .. }) => Ok(false),
-                Err(other) => Err(other),
-            }
-        };
-        let mut failed = None;
-        let context = largest(self.longest(), |context| {
-            fits(context).unwrap_or_else(|error| {
-                failed.get_or_insert(error);
-                false
-            })
-        });
-        if let Some(error) = failed {
-            return Err(error);
-        }
-        let fixed = check_shares(&self.workload(1, self.chunk()), self.budgets, self.options)?;
-        let context = self.at_the_edge(&fixed, context);
-        if context == 0 {
-            let plan = self.at(1)?;
-            return match plan.shortfall {
-                Some(shortfall) => Err(Error::DoesNotFit(Box::new(shortfall))),
-                None => Ok(plan),
-            };
-        }
-        self.at(context)
-    }
-
     /// Splits that fit with `extra` bytes more on every rank, if some are found.
-    fn any(&self, workload: &Workload, fixed: &FixedSteps, extra: u64) -> Result<Option<Splits>> {
+    pub(super) fn any(&self, workload: &Workload, fixed: &FixedSteps, extra: u64) -> Result<Option<Splits>> {
         match self.lone {
             // One rank has no choice, so that nothing is estimated.
             Some(rank) => self.exact(workload, fixed, extra, |_| Some(Balanced::alone(workload, rank))),
@@ -201,7 +158,12 @@ impl Planner<'_> {
     }
 
     /// The fastest split that fits, if one is found.
-    fn solved(&self, workload: &Workload, fixed: &FixedSteps, context: u64) -> Result<Option<Splits>> {
+    pub(super) fn solved(
+        &self,
+        workload: &Workload,
+        fixed: &FixedSteps,
+        context: u64,
+    ) -> Result<Option<Splits>> {
         // The reference's split is one more candidate: the answer is then never slower than it.
         let plain = self.options.shares == super::ExplicitShares::default();
         let known = if plain { self.reference(workload, context).ok() } else { None };
@@ -241,21 +203,6 @@ impl Planner<'_> {
         self.any(workload, fixed, extra)
     }
 
-    /// `context`, or a little beyond it: the full search finds splits at the very edge of the memory that the question
-    /// whether any fits has missed.
-    fn at_the_edge(&self, fixed: &FixedSteps, mut context: u64) -> u64 {
-        let more = |context: u64| {
-            let workload = self.workload(context, self.chunk());
-            self.options.strategy == Strategy::Balanced
-                && matches!(self.solved(&workload, fixed, context), Ok(Some(_)))
-        };
-        let beyond = context.saturating_add(EDGE).min(self.longest());
-        while context > 0 && context < beyond && more(context + 1) {
-            context += 1;
-        }
-        context
-    }
-
     /// The least number of bytes, to a MiB, that every rank would need more for some split to fit.
     fn nearest(&self, workload: &Workload, fixed: &FixedSteps) -> Option<u64> {
         // What is wrong with the splits themselves is said when they are made.
@@ -287,7 +234,7 @@ impl Planner<'_> {
         Ok(Splits { kv, q, id, vc, rs, experts, widths })
     }
 
-    fn reference(&self, workload: &Workload, context: u64) -> Result<Splits> {
+    pub(super) fn reference(&self, workload: &Workload, context: u64) -> Result<Splits> {
         let model = &self.subject.model;
         let footprints =
             self.options.attention_footprint.as_ref().unwrap_or(&self.subject.attention_footprints);
@@ -316,7 +263,7 @@ impl Planner<'_> {
         })
     }
 
-    fn accounts(&self, workload: &Workload, splits: &Splits, extra: u64) -> Vec<RankPlan> {
+    pub(super) fn accounts(&self, workload: &Workload, splits: &Splits, extra: u64) -> Vec<RankPlan> {
         let holdings: Vec<_> = (0..self.budgets.len()).map(|rank| workload.holdings(splits, rank)).collect();
         self.shared.accounts(workload, self.budgets, &holdings, extra)
     }
@@ -332,24 +279,6 @@ impl Planner<'_> {
         let [attention, mlp, head] = slowest;
         StepTime { attention, mlp, head }
     }
-
-    /// Whether these splits, or with the balanced strategy any splits, fit at this context and chunk.
-    pub(super) fn fits(&self, splits: &Splits, fixed: &FixedSteps, context: u64, chunk: u64) -> bool {
-        let workload = self.workload(context, chunk);
-        if self.options.strategy == Strategy::Balanced {
-            matches!(self.any(&workload, fixed, 0), Ok(Some(_)))
-        } else {
-            fit(&self.accounts(&workload, splits, 0), 0)
-        }
-    }
-
-    /// The largest context that fits: with other splits where the solver may choose them, with these otherwise.
-    fn max_context(&self, splits: &Splits, fixed: &FixedSteps, known: Option<u64>) -> u64 {
-        let fits = |context: u64| {
-            known.is_some_and(|known| context <= known) || self.fits(splits, fixed, context, self.chunk())
-        };
-        self.at_the_edge(fixed, largest(self.longest().max(known.unwrap_or(1)), fits))
-    }
 }
 
 /// Whether shares follow others and are rounded, which the solver estimates.
@@ -357,7 +286,7 @@ fn rounded(workload: &Workload) -> bool {
     !workload.widths.is_empty() || workload.experts.is_some()
 }
 
-fn fit(ranks: &[RankPlan], extra: u64) -> bool {
+pub(super) fn fit(ranks: &[RankPlan], extra: u64) -> bool {
     ranks.iter().all(|rank| within(rank, extra))
 }
 
@@ -368,20 +297,4 @@ fn clipped(split: Split, end: u64) -> Split {
         share
     });
     Split(shares.filter(|share| share.start < share.end).collect())
-}
-
-/// Tokens beyond which the full search is not asked any more.
-const EDGE: u64 = 64;
-
-/// The largest of `1..=most` for which `fits` holds, 0 if there is none; `fits` must not hold again once it fails.
-fn largest(most: u64, mut fits: impl FnMut(u64) -> bool) -> u64 {
-    if fits(most) {
-        return most;
-    }
-    let (mut low, mut high) = (0, most);
-    while high - low > 1 {
-        let middle = low.midpoint(high);
-        if fits(middle) { low = middle } else { high = middle }
-    }
-    low
 }
