@@ -247,4 +247,32 @@ proptest! {
             prop_assert!(advised, "{}", shortfall.advice);
         }
     }
+
+    /// A chunk that no prompt fills takes what the longest prompt takes.
+    #[test]
+    fn tokens_beyond_the_context_are_not_counted(
+        context in 1_u64..6000, batch in 1_u64..5, more in 0_u64..5000, devices in any::<bool>(),
+    ) {
+        let shape = small();
+        let ranks = if devices { on_devices(&[(0, 60.0), (1, 40.0)]) } else { vec![RankBudget::cpu(50.0); 2] };
+        let at = |chunk| plan(&shape, &ranks, &Options { batch, chunk, ..tokens(context) }).unwrap();
+        let padded = if devices {
+            [32, 128, 512, 2048].into_iter().filter(|step| *step >= context).min().unwrap_or(context)
+        } else {
+            context
+        };
+        let filled = at(batch * padded);
+        let made = at(batch * padded + more);
+        prop_assert_eq!(made.chunk, batch * padded + more);
+        prop_assert_eq!(&made.ranks, &filled.ranks);
+        prop_assert_eq!((made.buffer_bytes, made.pinned_bytes), (filled.buffer_bytes, filled.pinned_bytes));
+        // Rows of 1024 columns of 2 bytes, or logits of 32000 rows in float32.
+        let rows = (batch * padded * 1024 * 2).max(batch * 32_000 * 4);
+        prop_assert_eq!(made.buffer_bytes, rows);
+        prop_assert!(made.ranks.iter().all(|rank| rank.bytes(Item::Communicator) >= batch * padded * 1024 * 2));
+        if batch * padded > 64 {
+            let less = at(batch * padded - batch);
+            prop_assert!(less.ranks.iter().zip(&made.ranks).all(|(less, more)| less.total < more.total));
+        }
+    }
 }
