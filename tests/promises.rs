@@ -275,4 +275,26 @@ proptest! {
             prop_assert!(less.ranks.iter().zip(&made.ranks).all(|(less, more)| less.total < more.total));
         }
     }
+
+    /// Times of any speeds that are taken are numbers that JSON has.
+    #[test]
+    fn plans_of_any_speeds_come_back_from_json(exponents in prop::collection::vec(prop_oneof![-320_i32..309, -12_i32..18], 2)) {
+        let speeds: Vec<f64> =
+            exponents.iter().map(|exponent| format!("1e{exponent}").parse().unwrap()).collect();
+        let ranks: Vec<RankBudget> = speeds.iter().map(|speed| RankBudget::cpu(4.0).with_speed(*speed)).collect();
+        let shares = ExplicitShares { kv: Some(vec![4, 4]), ..ExplicitShares::default() };
+        let outside = speeds.iter().position(|speed| !(1e-9..=1e15).contains(speed));
+        match (plan(&small(), &ranks, &Options { shares, ..tokens(64) }), outside) {
+            (Ok(made), None) => {
+                prop_assert!(made.step_time.total().is_finite());
+                let text = serde_json::to_string(&made).unwrap();
+                prop_assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), made);
+            }
+            (Err(Error::InvalidArgument { argument, wanted, .. }), Some(rank)) => {
+                prop_assert_eq!(argument, format!("speeds[{rank}]"));
+                prop_assert!(wanted.contains("1e-9 to 1e15"), "{}", wanted);
+            }
+            (made, outside) => prop_assert!(false, "{:?} with {:?}", made.map(|made| made.step_time), outside),
+        }
+    }
 }
