@@ -2,6 +2,7 @@
 pub mod activations;
 mod apportion;
 pub mod balance;
+mod check;
 mod derive;
 mod intervals;
 mod longest;
