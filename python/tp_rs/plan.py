@@ -46,8 +46,8 @@ def plan(
             with the last four are for servers that have such a cache; `tp_rs.load` refuses them.
         devices: The device of every rank; several ranks may share one. Left out, rank i is `cuda:i`; without
             `gpu_split` and without a GPU, one CPU rank.
-        speeds: A number a rank in proportion to its speed (GB/s of its memory). Left out, the devices'
-            bandwidths where all are known, else all equal.
+        speeds: A number a rank in proportion to its speed (GB/s of its memory), from 1e-9 to 1e15. Left out,
+            the devices' bandwidths where all are known, else all equal.
         strategy: `"balanced"` for the fastest split that fits, `"exllamav2"` for ExLlamaV2's own arithmetic.
         splits: Shares to keep to, one number a rank, in heads (`"kv"`), columns (`"id"`, `"rs"`), rows
             (`"vc"`) or whole experts (`"experts"`); what is left out is found.

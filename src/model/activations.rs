@@ -32,7 +32,7 @@ pub(super) fn on_devices(
 ) {
     let dimensions = &shape.dimensions;
     let batch = options.batch.max(1);
-    let own = (chunk / batch).clamp(1, context.max(1));
+    let own = (chunk / batch).max(1);
     let chunk =
         Chunk { own, rows: own.saturating_mul(batch), context, batch, element: dimensions.element_bytes };
     let fused = shape.source == Source::Config || has_fused_mlps(shape);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{CutAlong, Dimensions, Mixer, Mlp, ModelShape, Role, Tensor, activations};
 use crate::error::{Error, Result};
-use crate::split::activations::communicator_bytes;
+use crate::split::activations::{PROMPT_STEPS, communicator_bytes};
 use crate::split::pinned;
 use crate::split::workload::{Axis, Basis, Block, Blocks, Cost, Workload, gcd, lcm};
 use crate::split::{ExpertSplit, Item, Options, PlannedModel};
@@ -75,6 +75,7 @@ impl<'a> Costs<'a> {
 
     /// The workload at `context` tokens a sequence, prefilled in chunks of `chunk` tokens.
     pub(crate) fn at(&self, context: u64, chunk: u64) -> Workload {
+        let chunk = self.at_once(context, chunk);
         let mut workload = self.weights.clone();
         self.add_cache(&mut workload, context);
         if self.on_devices {
@@ -84,6 +85,16 @@ impl<'a> Costs<'a> {
         }
         self.add_buffers(&mut workload, chunk);
         workload
+    }
+
+    /// Tokens of a chunk, over all sequences: no more than there are, on devices with those that fill up a recorded step.
+    fn at_once(&self, context: u64, chunk: u64) -> u64 {
+        let own = if self.on_devices {
+            PROMPT_STEPS.into_iter().find(|step| *step >= context).unwrap_or(context)
+        } else {
+            context
+        };
+        chunk.min(own.saturating_mul(self.options.batch))
     }
 
     fn add_cache(&self, workload: &mut Workload, context: u64) {

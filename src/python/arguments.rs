@@ -62,7 +62,8 @@ fn shown(value: &Bound<'_, PyAny>) -> String {
     text.chars().take(LIMIT).chain("...".chars()).collect()
 }
 
-/// Budgets of the ranks. Ranks that share a CUDA device share its context too, which the first of them bears.
+/// Budgets of the ranks. Ranks that share a CUDA device share its context too, which is given to the first of them; the
+/// planner charges another one where that one holds nothing.
 pub(super) fn budgets(ranks: Vec<(String, f64, Option<f64>)>) -> Vec<RankBudget> {
     let mut budgets: Vec<RankBudget> = Vec::with_capacity(ranks.len());
     for (device, gib, speed) in ranks {

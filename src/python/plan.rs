@@ -46,7 +46,7 @@ impl Plan {
         }
         let inner: split::Plan =
             serde_json::from_value(value).map_err(|error| invalid(py, "plan", error, wanted))?;
-        check(&inner).map_err(|problem| invalid(py, "plan", problem, wanted))?;
+        inner.check().map_err(|problem| invalid(py, "plan", problem, wanted))?;
         Ok(Self { inner })
     }
 
@@ -219,29 +219,4 @@ impl Plan {
     fn __repr__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         slf.py().import("tp_rs.render")?.call_method1("plain", (slf,))
     }
-}
-
-/// Whether a plan that came from outside keeps what the rest of the code relies on.
-fn check(plan: &split::Plan) -> Result<(), String> {
-    let ranks = plan.ranks.len();
-    if let Some((place, rank)) = plan.ranks.iter().enumerate().find(|(place, rank)| *place != rank.rank) {
-        return Err(format!("rank {} in place {place}", rank.rank));
-    }
-    let splits = &plan.splits;
-    let named =
-        [("kv", &splits.kv), ("q", &splits.q), ("id", &splits.id), ("vc", &splits.vc), ("rs", &splits.rs)];
-    let others =
-        splits.experts.iter().chain(splits.widths.values()).map(|split| ("experts or widths", split));
-    for (name, split) in named.into_iter().chain(others) {
-        if let Some(share) = split.0.iter().find(|share| share.start > share.end || share.rank >= ranks) {
-            return Err(format!(
-                "the {name} share ({}, {}, {}) among {ranks} ranks",
-                share.rank, share.start, share.end
-            ));
-        }
-    }
-    if plan.fits == plan.shortfall.is_some() {
-        return Err(format!("fits = {} together with shortfall = {:?}", plan.fits, plan.shortfall));
-    }
-    Ok(())
 }

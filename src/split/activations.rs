@@ -30,6 +30,9 @@
 //! - while the MLP runs: [`MLP_COPIES`] × `T·e` a column (gate, up and their product). A token passes through each
 //!   of its experts, and its residual row is copied for each.
 //!
+//! A chunk is counted with no more tokens than the context has in all sequences; on CUDA devices with those that fill up
+//! a recorded step ([`PROMPT_STEPS`]).
+//!
 //! Logits are kept for the last position of every sequence only.
 
 /// Copies of the residual stream alive at once.
@@ -86,6 +89,9 @@ pub const MASK_COPIES: u64 = 2;
 pub const SCORE_COPIES: u64 = 3;
 /// Copies of a column of cosines and sines, with those in float32 that they are made from.
 pub const ROTARY_COPIES: u64 = 8;
+/// Tokens of a sequence in the steps of prompts that are recorded on devices (`captured.py`): shorter prompts are filled
+/// up, unless the chunk is shorter.
+pub const PROMPT_STEPS: [u64; 4] = [32, 128, 512, 2048];
 /// Bytes of a float32 number.
 pub const FLOAT_BYTES: u64 = 4;
 

@@ -2,13 +2,17 @@
 pub mod activations;
 mod apportion;
 pub mod balance;
+mod check;
 mod derive;
 mod intervals;
+mod longest;
 mod memory;
+mod notes;
 mod options;
 mod plan;
 mod planner;
 pub mod reference;
+mod shared;
 mod shortfall;
 mod validate;
 pub mod workload;

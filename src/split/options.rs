@@ -20,7 +20,8 @@ pub struct RankBudget {
     pub device: String,
     /// Budget in GiB: everything that the process may use there, the framework's own context included.
     pub gib: f64,
-    /// Memory bandwidth in GB/s, or any number in proportion to the speed of the other ranks. Equal if left out.
+    /// Memory bandwidth in GB/s, or any number in proportion to the speed of the other ranks, from 1e-9 to 1e15. Equal if
+    /// left out.
     pub speed: Option<f64>,
     /// Bytes that the framework takes on this device before any tensor is made.
     pub framework_bytes: u64,

@@ -1,12 +1,14 @@
 //! From a model's costs and the ranks' budgets to a [`Plan`].
 
-use super::balance::{self, Balanced, FixedSteps};
+use super::balance::{self, Balanced, FixedSteps, Question, Reserve};
 use super::derive::{follow, residual};
-use super::memory::{account, phase_reads};
+use super::memory::phase_reads;
+use super::notes;
 use super::reference::{ReferenceInput, define_splits};
+use super::shared::{SharedDevices, within};
 use super::shortfall;
 use super::validate::{check_arguments, check_residual, check_shares};
-use super::workload::{Axis, Workload};
+use super::workload::Workload;
 use super::{
     Context, GIB, MIB, Options, PLAN_VERSION, Plan, PlannedModel, RankBudget, RankPlan, Split, Splits,
     StepTime, Strategy,
@@ -15,8 +17,6 @@ use crate::error::{Error, Result};
 
 /// The context of a plan where neither the caller nor the model says one.
 pub const DEFAULT_CONTEXT: u64 = 8192;
-/// The largest context that is looked for where the model does not say its own limit.
-const LONGEST_CONTEXT: u64 = 1 << 22;
 
 /// A model as the planner asks for it.
 pub struct Subject<'a> {
@@ -38,7 +38,11 @@ pub struct Subject<'a> {
 /// Whatever [`crate::plan`] lists.
 pub fn plan(subject: &Subject<'_>, budgets: &[RankBudget], options: &Options) -> Result<Plan> {
     check_arguments(budgets, options)?;
-    let planner = Planner { subject, budgets, options };
+    let shared = SharedDevices::of(budgets);
+    let ways = shared.ways(budgets);
+    let mut usable = (0..budgets.len()).filter(|rank| budgets[*rank].gib > 0.0);
+    let lone = usable.next().filter(|_| usable.next().is_none());
+    let planner = Planner { subject, budgets, options, shared, ways, lone };
     match options.context {
         Context::Tokens(context) => planner.at(context),
         Context::Default => {
@@ -49,9 +53,14 @@ pub fn plan(subject: &Subject<'_>, budgets: &[RankBudget], options: &Options) ->
 }
 
 pub(super) struct Planner<'a> {
-    subject: &'a Subject<'a>,
-    budgets: &'a [RankBudget],
-    options: &'a Options,
+    pub(super) subject: &'a Subject<'a>,
+    pub(super) budgets: &'a [RankBudget],
+    pub(super) options: &'a Options,
+    shared: SharedDevices,
+    /// The budgets in every way that ranks may bear what they share.
+    ways: Vec<Vec<RankBudget>>,
+    /// The rank with a budget, if there is one only.
+    lone: Option<usize>,
 }
 
 impl Planner<'_> {
@@ -63,21 +72,16 @@ impl Planner<'_> {
         self.options.chunk
     }
 
-    fn longest(&self) -> u64 {
-        self.subject.max_positions.unwrap_or(LONGEST_CONTEXT).max(1)
-    }
-
     /// The plan at a given context, whether it fits or not.
-    fn at(&self, context: u64) -> Result<Plan> {
+    pub(super) fn at(&self, context: u64) -> Result<Plan> {
         let workload = self.workload(context, self.chunk());
         let fixed = check_shares(&workload, self.budgets, self.options)?;
-        let splits = self.splits(&workload, &fixed, context)?;
-        let ranks = self.accounts(&workload, &splits);
-        let fits = fit(&ranks);
-        let max_context = self.max_context(&splits, &fixed, fits.then_some(context));
-        let shortfall =
-            (!fits).then(|| shortfall::describe(self, &ranks, &splits, &fixed, context, max_context));
-        let notes = self.notes(&workload, &splits, context);
+        let (splits, extra) = self.splits(&workload, &fixed, context)?;
+        let ranks = self.accounts(&workload, &splits, extra);
+        let fits = fit(&ranks, 0);
+        let max_context = self.max_context(&fixed, fits.then_some(context));
+        let shortfall = (!fits).then(|| shortfall::describe(self, &ranks, &fixed, context, max_context));
+        let notes = notes::of(self, &workload, &splits, context);
         Ok(Plan {
             version: PLAN_VERSION,
             model: self.subject.model.clone(),
@@ -103,65 +107,63 @@ impl Planner<'_> {
         })
     }
 
-    /// The plan at the largest context that fits.
-    fn at_most(&self) -> Result<Plan> {
-        let fits = |context: u64| -> Result<bool> {
-            if self.options.strategy == Strategy::Balanced {
-                let workload = self.workload(context, self.chunk());
-                let fixed = check_shares(&workload, self.budgets, self.options)?;
-                return Ok(self.feasible(&workload, &fixed));
-            }
-            match self.at(context) {
-                Ok(plan) => Ok(plan.fits),
-                Err(Error::NothingToApportion { .. }) => Ok(false),
-                Err(other) => Err(other),
-            }
-        };
-        let mut failed = None;
-        let context = largest(self.longest(), |context| {
-            fits(context).unwrap_or_else(|error| {
-                failed.get_or_insert(error);
-                false
-            })
-        });
-        if let Some(error) = failed {
-            return Err(error);
+    /// Splits that fit with `extra` bytes more on every rank, if some are found.
+    pub(super) fn any(&self, workload: &Workload, fixed: &FixedSteps, extra: u64) -> Result<Option<Splits>> {
+        match self.lone {
+            // One rank has no choice, so that nothing is estimated.
+            Some(rank) => self.exact(workload, fixed, extra, |_| Some(Balanced::alone(workload, rank))),
+            None => self.exact(workload, fixed, extra, balance::any),
         }
-        let fixed = check_shares(&self.workload(1, self.chunk()), self.budgets, self.options)?;
-        let context = self.at_the_edge(&fixed, context);
-        if context == 0 {
-            let plan = self.at(1)?;
-            return match plan.shortfall {
-                Some(shortfall) => Err(Error::DoesNotFit(Box::new(shortfall))),
-                None => Ok(plan),
-            };
-        }
-        self.at(context)
     }
 
-    fn feasible(&self, workload: &Workload, fixed: &FixedSteps) -> bool {
-        balance::feasible(workload, self.budgets, self.options, fixed, 0)
+    /// What `find` finds for the first of the ways to charge ranks with which it fits to the byte.
+    fn exact(
+        &self,
+        workload: &Workload,
+        fixed: &FixedSteps,
+        extra: u64,
+        find: impl Fn(&Question<'_>) -> Option<Balanced>,
+    ) -> Result<Option<Splits>> {
+        let reserves =
+            if rounded(workload) { &[Reserve::Nothing, Reserve::Rounding][..] } else { &[Reserve::Nothing] };
+        for budgets in &self.ways {
+            for &reserve in reserves {
+                let question = Question { workload, budgets, options: self.options, fixed, extra, reserve };
+                // What does not even fit without a reserve does not fit with one.
+                let Some(balanced) = find(&question) else { break };
+                let splits = self.complete(workload, balanced)?;
+                if fit(&self.accounts(workload, &splits, extra), extra) {
+                    return Ok(Some(splits));
+                }
+            }
+        }
+        Ok(None)
     }
 
-    fn splits(&self, workload: &Workload, fixed: &FixedSteps, context: u64) -> Result<Splits> {
+    /// The splits of the plan, and the bytes that every rank needs more for them.
+    fn splits(&self, workload: &Workload, fixed: &FixedSteps, context: u64) -> Result<(Splits, u64)> {
         if self.options.strategy == Strategy::ExLlamaV2 {
-            return self.reference(workload, context);
+            return Ok((self.reference(workload, context)?, 0));
         }
-        let balanced = match self.solved(workload, fixed, context) {
-            Some(balanced) => balanced,
-            None => self
-                .nearest(workload, fixed)
-                .and_then(|extra| self.solve(workload, fixed, extra, None))
-                .ok_or_else(|| {
-                    let got = format!("{} ranks", self.budgets.len());
-                    Error::invalid("gpu_split", got, "budgets that some split of this model could ever use")
-                })?,
-        };
-        self.complete(workload, balanced)
+        if let Some(splits) = self.solved(workload, fixed, context)? {
+            return Ok((splits, 0));
+        }
+        if let Some(extra) = self.nearest(workload, fixed)
+            && let Some(splits) = self.solve(workload, fixed, extra, None)?
+        {
+            return Ok((splits, extra));
+        }
+        let got = format!("{} ranks", self.budgets.len());
+        Err(Error::invalid("gpu_split", got, "budgets that some split of this model could ever use"))
     }
 
     /// The fastest split that fits, if one is found.
-    fn solved(&self, workload: &Workload, fixed: &FixedSteps, context: u64) -> Option<Balanced> {
+    pub(super) fn solved(
+        &self,
+        workload: &Workload,
+        fixed: &FixedSteps,
+        context: u64,
+    ) -> Result<Option<Splits>> {
         // The reference's split is one more candidate: the answer is then never slower than it.
         let plain = self.options.shares == super::ExplicitShares::default();
         let known = if plain { self.reference(workload, context).ok() } else { None };
@@ -181,33 +183,30 @@ impl Planner<'_> {
         fixed: &FixedSteps,
         extra: u64,
         known: Option<&Balanced>,
-    ) -> Option<Balanced> {
+    ) -> Result<Option<Splits>> {
+        if self.lone.is_some() {
+            return self.any(workload, fixed, extra);
+        }
         let unshared = Options { duplicate_kv: false, ..self.options.clone() };
-        // Whole heads are a part of what sharing allows, and a smaller search: a start that is never worse.
-        let whole = balance::solve(workload, self.budgets, &unshared, fixed, extra, known);
-        if !self.options.duplicate_kv {
-            return whole;
+        let fastest = self.exact(workload, fixed, extra, |question| {
+            // Whole heads are a part of what sharing allows, and a smaller search: a start that is never worse.
+            let whole = balance::solve(&Question { options: &unshared, ..*question }, known);
+            if !self.options.duplicate_kv {
+                return whole;
+            }
+            balance::solve(question, whole.as_ref())
+        })?;
+        if fastest.is_some() || (self.ways.len() == 1 && !rounded(workload)) {
+            return Ok(fastest);
         }
-        balance::solve(workload, self.budgets, self.options, fixed, extra, whole.as_ref())
-    }
-
-    /// `context`, or a little beyond it: the full search finds splits at the very edge of the memory that the question
-    /// whether any fits has missed.
-    fn at_the_edge(&self, fixed: &FixedSteps, mut context: u64) -> u64 {
-        let more = |context: u64| {
-            let workload = self.workload(context, self.chunk());
-            self.options.strategy == Strategy::Balanced && self.solved(&workload, fixed, context).is_some()
-        };
-        let beyond = context.saturating_add(EDGE).min(self.longest());
-        while context > 0 && context < beyond && more(context + 1) {
-            context += 1;
-        }
-        context
+        // Of two splits that are a few bytes too large for the solver's estimate, either may fit to the byte.
+        self.any(workload, fixed, extra)
     }
 
     /// The least number of bytes, to a MiB, that every rank would need more for some split to fit.
     fn nearest(&self, workload: &Workload, fixed: &FixedSteps) -> Option<u64> {
-        let fits = |extra: u64| balance::feasible(workload, self.budgets, self.options, fixed, extra);
+        // What is wrong with the splits themselves is said when they are made.
+        let fits = |extra: u64| !matches!(self.any(workload, fixed, extra), Ok(None));
         let mut high = MIB;
         while !fits(high) {
             high = high.checked_mul(2).filter(|extra| *extra < GIB * GIB)?;
@@ -235,7 +234,7 @@ impl Planner<'_> {
         Ok(Splits { kv, q, id, vc, rs, experts, widths })
     }
 
-    fn reference(&self, workload: &Workload, context: u64) -> Result<Splits> {
+    pub(super) fn reference(&self, workload: &Workload, context: u64) -> Result<Splits> {
         let model = &self.subject.model;
         let footprints =
             self.options.attention_footprint.as_ref().unwrap_or(&self.subject.attention_footprints);
@@ -264,11 +263,9 @@ impl Planner<'_> {
         })
     }
 
-    pub(super) fn accounts(&self, workload: &Workload, splits: &Splits) -> Vec<RankPlan> {
-        let ranks = self.budgets.iter().enumerate();
-        ranks
-            .map(|(rank, budget)| account(workload, &workload.holdings(splits, rank), rank, budget))
-            .collect()
+    pub(super) fn accounts(&self, workload: &Workload, splits: &Splits, extra: u64) -> Vec<RankPlan> {
+        let holdings: Vec<_> = (0..self.budgets.len()).map(|rank| workload.holdings(splits, rank)).collect();
+        self.shared.accounts(workload, self.budgets, &holdings, extra)
     }
 
     fn step_time(&self, workload: &Workload, splits: &Splits) -> StepTime {
@@ -282,70 +279,15 @@ impl Planner<'_> {
         let [attention, mlp, head] = slowest;
         StepTime { attention, mlp, head }
     }
-
-    /// Whether these splits, or with the balanced strategy any splits, fit at this context and chunk.
-    pub(super) fn fits(&self, splits: &Splits, fixed: &FixedSteps, context: u64, chunk: u64) -> bool {
-        let workload = self.workload(context, chunk);
-        if self.options.strategy == Strategy::Balanced {
-            self.feasible(&workload, fixed)
-        } else {
-            fit(&self.accounts(&workload, splits))
-        }
-    }
-
-    /// The largest context that fits: with other splits where the solver may choose them, with these otherwise.
-    fn max_context(&self, splits: &Splits, fixed: &FixedSteps, known: Option<u64>) -> u64 {
-        let fits = |context: u64| {
-            known.is_some_and(|known| context <= known) || self.fits(splits, fixed, context, self.chunk())
-        };
-        self.at_the_edge(fixed, largest(self.longest().max(known.unwrap_or(1)), fits))
-    }
-
-    fn notes(&self, workload: &Workload, splits: &Splits, context: u64) -> Vec<String> {
-        let mut notes = self.subject.notes.clone();
-        let device = |rank: usize| format!("rank {rank} ({})", self.budgets[rank].device);
-        if let Some(positions) = self.subject.max_positions.filter(|positions| context > *positions) {
-            notes.push(format!(
-                "a context of {context} tokens is beyond the {positions} positions of the model"
-            ));
-        }
-        for pair in splits.kv.0.windows(2) {
-            if let [left, right] = pair
-                && right.start < left.end
-            {
-                let (left, right, head) = (device(left.rank), device(right.rank), right.start);
-                notes.push(format!(
-                    "KV head {head} is kept by {left} and by {right}, which share its query heads"
-                ));
-            }
-        }
-        for (rank, budget) in self.budgets.iter().enumerate() {
-            let holdings = workload.holdings(splits, rank);
-            if holdings.is_empty() && budget.gib > 0.0 {
-                notes.push(format!("{} holds nothing", device(rank)));
-            } else if holdings.query_heads == 0 && !holdings.is_empty() && workload.kv_heads.total > 0 {
-                notes.push(format!("{} holds no attention heads and no cache", device(rank)));
-            }
-        }
-        let axes = [("kv", &splits.kv, &workload.kv_heads), ("id", &splits.id, &workload.intermediate)];
-        for (name, split, axis) in axes {
-            if let Some(share) = split.0.iter().find(|share| misplaced(share.start, axis)) {
-                let (at, grid) = (share.start, axis.grid);
-                notes.push(format!(
-                    "the {name} split cuts at {at}, but these weights can only be cut at multiples of {grid}"
-                ));
-            }
-        }
-        notes
-    }
 }
 
-fn misplaced(cut: u64, axis: &Axis) -> bool {
-    !cut.is_multiple_of(axis.grid)
+/// Whether shares follow others and are rounded, which the solver estimates.
+fn rounded(workload: &Workload) -> bool {
+    !workload.widths.is_empty() || workload.experts.is_some()
 }
 
-fn fit(ranks: &[RankPlan]) -> bool {
-    ranks.iter().all(|rank| rank.total <= rank.budget)
+pub(super) fn fit(ranks: &[RankPlan], extra: u64) -> bool {
+    ranks.iter().all(|rank| within(rank, extra))
 }
 
 /// The intervals cut off at `end`.
@@ -355,20 +297,4 @@ fn clipped(split: Split, end: u64) -> Split {
         share
     });
     Split(shares.filter(|share| share.start < share.end).collect())
-}
-
-/// Tokens beyond which the full search is not asked any more.
-const EDGE: u64 = 64;
-
-/// The largest of `1..=most` for which `fits` holds, 0 if there is none; `fits` must not hold again once it fails.
-fn largest(most: u64, mut fits: impl FnMut(u64) -> bool) -> u64 {
-    if fits(most) {
-        return most;
-    }
-    let (mut low, mut high) = (0, most);
-    while high - low > 1 {
-        let middle = low.midpoint(high);
-        if fits(middle) { low = middle } else { high = middle }
-    }
-    low
 }

@@ -2,7 +2,7 @@
 
 use super::balance::FixedSteps;
 use super::planner::Planner;
-use super::{Item, MIB, RankPlan, Shortfall, Splits};
+use super::{Item, MIB, RankPlan, Shortfall};
 
 /// The smallest prefill chunk that is proposed.
 const SMALLEST_CHUNK: u64 = 64;
@@ -10,7 +10,6 @@ const SMALLEST_CHUNK: u64 = 64;
 pub(super) fn describe(
     planner: &Planner<'_>,
     ranks: &[RankPlan],
-    splits: &Splits,
     fixed: &FixedSteps,
     context: u64,
     max_context: u64,
@@ -24,7 +23,7 @@ pub(super) fn describe(
     let mut chunk = planner.chunk() / 2;
     let mut smaller_chunk = None;
     while max_context < context && chunk >= SMALLEST_CHUNK && smaller_chunk.is_none() {
-        smaller_chunk = planner.fits(splits, fixed, context, chunk).then_some(chunk);
+        smaller_chunk = planner.fits(fixed, context, chunk).then_some(chunk);
         chunk /= 2;
     }
     let largest_weights = worst

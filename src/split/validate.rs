@@ -1,5 +1,7 @@
 //! What a caller can get wrong, found before anything is computed.
 
+use std::ops::RangeInclusive;
+
 use super::balance::FixedSteps;
 use super::workload::{Axis, Block, Workload};
 use super::{Context, ExpertSplit, Options, RankBudget, Split, Strategy};
@@ -9,6 +11,8 @@ use crate::error::{Error, Result};
 const MOST_RANKS: usize = 256;
 /// Bounds of token counts: beyond them products of sizes no longer fit 64 bits.
 const MOST_TOKENS: u64 = 1 << 31;
+/// Speeds with which the times of any model are numbers that JSON has, and differ by more than rounding.
+const SPEEDS: RangeInclusive<f64> = 1e-9..=1e15;
 
 /// Checks budgets and options that no model is needed for.
 pub(crate) fn check_arguments(budgets: &[RankBudget], options: &Options) -> Result<()> {
@@ -29,9 +33,11 @@ pub(crate) fn check_arguments(budgets: &[RankBudget], options: &Options) -> Resu
             return Err(Error::invalid(format!("gpu_split[{index}]"), budget.gib, wanted));
         }
         if let Some(speed) = budget.speed
-            && !(speed.is_finite() && speed > 0.0)
+            && !SPEEDS.contains(&speed)
         {
-            return Err(Error::invalid(format!("speeds[{index}]"), speed, "a finite number above 0"));
+            let wanted =
+                format!("{:e} to {:e}, in GB/s or in proportion to the others", SPEEDS.start(), SPEEDS.end());
+            return Err(Error::invalid(format!("speeds[{index}]"), speed, wanted));
         }
     }
     if budgets.iter().all(|budget| budget.gib == 0.0) {

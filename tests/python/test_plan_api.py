@@ -4,7 +4,9 @@ import copy
 import json
 import math
 import pickle
+import random
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +312,66 @@ def test_a_plan_from_elsewhere_is_checked(config: dict[str, Any], change: dict[s
     data = tp_rs.plan(config, [2.0], devices=["cpu"]).to_dict() | change
     with pytest.raises(tp_rs.InvalidInput, match="plan"):
         tp_rs.Plan.from_dict(data)
+
+
+def gap(data: dict[str, Any]) -> None:
+    data["splits"]["id"][0][2] -= 32
+
+
+def overlap(data: dict[str, Any]) -> None:
+    data["splits"]["vc"][1][1] -= 32
+
+
+def twice(data: dict[str, Any]) -> None:
+    data["splits"]["q"][1][0] = 0
+
+
+def beyond(data: dict[str, Any]) -> None:
+    data["splits"]["rs"][1][2] = 2**64 - 1
+
+
+def nothing(data: dict[str, Any]) -> None:
+    data["splits"] = {name: [] for name in data["splits"]}
+
+
+def more_in_all(data: dict[str, Any]) -> None:
+    data["ranks"][0]["total"] += 1
+
+
+def beyond_the_budget(data: dict[str, Any]) -> None:
+    data["ranks"][0]["budget"] = 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [gap, overlap, twice, beyond, nothing, more_in_all, beyond_the_budget],
+    ids=lambda it: it.__name__,
+)
+def test_a_plan_that_contradicts_itself_is_refused(
+    config: dict[str, Any], change: Callable[[dict[str, Any]], None]
+) -> None:
+    data = tp_rs.plan(config, [2.0, 2.0], devices=CPU2).to_dict()
+    assert tp_rs.Plan.from_dict(data).fits
+    change(data)
+    with pytest.raises(tp_rs.InvalidInput, match="plan: got"):
+        tp_rs.Plan.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"strategy": "exllamav2"}, {"duplicate_kv": True}, {"splits": {"kv": [1, 0, 1]}}],
+    ids=str,
+)
+def test_every_plan_is_taken_back(config: dict[str, Any], options: dict[str, Any]) -> None:
+    for _ in range(30):
+        budgets = [random.choice([0.0, 0.01, 0.05, 0.2, 2.0]) for _ in range(3)]
+        model = {**config, "vocab_size": random.randint(100, 5000), "num_key_value_heads": 2}
+        try:
+            made = tp_rs.plan(model, [*budgets[:2], 2.0], devices=["cpu"] * 3, **options)
+        except tp_rs.InvalidInput:
+            # Shares for a rank without a budget.
+            continue
+        assert tp_rs.Plan.from_dict(made.to_dict()) == made
 
 
 def test_plans_and_their_parts_are_frozen(config: dict[str, Any]) -> None:

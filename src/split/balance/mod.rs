@@ -38,6 +38,23 @@ pub struct Balanced {
     pub vc: Split,
 }
 
+impl Balanced {
+    /// Everything on one rank.
+    pub(crate) fn alone(workload: &Workload, rank: usize) -> Self {
+        let all = |total: u64| {
+            let share = (total > 0).then_some(Share { rank, start: 0, end: total });
+            Split(share.into_iter().collect())
+        };
+        Self {
+            kv: all(workload.kv_heads.total),
+            q: all(workload.query_heads()),
+            id: if workload.experts.is_some() { Split::default() } else { all(workload.intermediate.total) },
+            experts: workload.experts.map(all),
+            vc: all(workload.vocabulary.total),
+        }
+    }
+}
+
 /// The fastest split of `workload` over `budgets`, or `None` where none fits.
 ///
 /// Optimal where the search ends within its bound of work, which every case small enough to enumerate does; the best
@@ -45,20 +62,35 @@ pub struct Balanced {
 /// every rank's memory to the last step.
 #[must_use]
 pub fn balance(workload: &Workload, budgets: &[RankBudget], options: &Options) -> Option<Balanced> {
-    solve(workload, budgets, options, &FixedSteps::default(), 0, None)
+    let fixed = FixedSteps::default();
+    solve(&Question { workload, budgets, options, fixed: &fixed, extra: 0, reserve: Reserve::Rounding }, None)
 }
 
-/// [`balance`] with shares that are fixed, with `extra` bytes more on every rank that has a budget, and with a split
-/// that is known to fit, which the answer is never slower than.
-pub(crate) fn solve(
-    workload: &Workload,
-    budgets: &[RankBudget],
-    options: &Options,
-    fixed: &FixedSteps,
-    extra: u64,
-    known: Option<&Balanced>,
-) -> Option<Balanced> {
-    let problem = Problem::new(workload, budgets, options, fixed, extra);
+/// What a rank keeps free beside its part of everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reserve {
+    /// Nothing: what is found may be a few steps too large, where widths follow others.
+    Nothing,
+    /// A step of every width that follows another, which is cut to the nearest of its own steps: what is found fits.
+    Rounding,
+}
+
+/// What is asked of the solver.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Question<'a> {
+    pub(crate) workload: &'a Workload,
+    pub(crate) budgets: &'a [RankBudget],
+    pub(crate) options: &'a Options,
+    /// Shares that the caller fixed.
+    pub(crate) fixed: &'a FixedSteps,
+    /// Bytes more on every rank that has a budget.
+    pub(crate) extra: u64,
+    pub(crate) reserve: Reserve,
+}
+
+/// The fastest split, which is never slower than one that is `known` to fit.
+pub(crate) fn solve(question: &Question<'_>, known: Option<&Balanced>) -> Option<Balanced> {
+    let problem = Problem::new(question);
     let known = known.and_then(|known| problem.found_of(known));
     // At the very edge of the memory only the exact tables of the second search find the split that fits.
     let found = search::search(&problem, Goal::Fastest, known);
@@ -66,16 +98,10 @@ pub(crate) fn solve(
     Some(problem.splits_of(&found))
 }
 
-/// Whether any split of `workload` fits `budgets`.
-pub(crate) fn feasible(
-    workload: &Workload,
-    budgets: &[RankBudget],
-    options: &Options,
-    fixed: &FixedSteps,
-    extra: u64,
-) -> bool {
-    let problem = Problem::new(workload, budgets, options, fixed, extra);
-    search::search(&problem, Goal::Any, None).is_some()
+/// Any split that fits.
+pub(crate) fn any(question: &Question<'_>) -> Option<Balanced> {
+    let problem = Problem::new(question);
+    search::search(&problem, Goal::Any, None).map(|found| problem.splits_of(&found))
 }
 
 impl Problem {

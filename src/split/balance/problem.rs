@@ -1,8 +1,9 @@
 //! The solver's view of a workload: three resources in whole steps, and what a rank pays for each.
 
+use super::super::Options;
 use super::super::memory::portion;
 use super::super::workload::{Axis, Basis, Workload};
-use super::super::{Options, RankBudget};
+use super::{Question, Reserve};
 
 /// MLP or vocabulary: `units` steps, each the same for every rank.
 #[derive(Debug, Clone)]
@@ -112,21 +113,16 @@ fn clamp_units(units: u64) -> i64 {
 }
 
 impl Problem {
-    /// The problem of dividing `workload` over `budgets`, each of them larger by `extra` bytes.
-    pub(super) fn new(
-        workload: &Workload,
-        budgets: &[RankBudget],
-        options: &Options,
-        fixed: &FixedSteps,
-        extra: u64,
-    ) -> Self {
+    pub(super) fn new(question: &Question<'_>) -> Self {
+        let &Question { workload, budgets, options, fixed, extra, reserve } = question;
         let (attention, attention_size, kv_heads_per_unit) = attention(workload, options, fixed);
         let (mlp_unit, mlp_axis) = match workload.experts {
             Some(experts) => (MlpUnit::Experts, Axis { total: experts, grid: 1, step: 1 }),
             None => (MlpUnit::Columns, steps_of(workload.intermediate, fixed.mlp.as_ref())),
         };
         let vocabulary_axis = steps_of(workload.vocabulary, fixed.vocabulary.as_ref());
-        let (mlp, reserve) = mlp(workload, mlp_unit, mlp_axis, fixed, budgets.len());
+        let (mlp, rounding) = mlp(workload, mlp_unit, mlp_axis, fixed, budgets.len());
+        let reserve = if reserve == Reserve::Rounding { rounding } else { 0 };
         let vocabulary =
             line(workload, vocabulary_axis, &[Basis::Vocabulary], fixed.vocabulary.as_ref(), budgets.len());
 
@@ -263,8 +259,8 @@ fn attention(workload: &Workload, options: &Options, fixed: &FixedSteps) -> (Att
     (attention, size.max(1), heads.step)
 }
 
-/// The MLP's line, and the bytes that every rank keeps in reserve because MLPs of other widths are cut to the
-/// nearest of their own steps, which may be a step more than their part.
+/// The MLP's line, and the bytes that MLPs of other widths may take beside their part of it, since they are cut to the
+/// nearest of their own steps.
 fn mlp(workload: &Workload, unit: MlpUnit, axis: Axis, fixed: &FixedSteps, ranks: usize) -> (Line, u64) {
     let mut bases: Vec<Basis> = (0..workload.widths.len()).map(Basis::Width).collect();
     let mut rounded: Vec<(Basis, Axis)> =

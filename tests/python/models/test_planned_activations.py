@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import tp_rs
+from tp_rs.integrations.transformers.captured import _CHUNKS
 from tp_rs.integrations.transformers.roomy import give_room
 
 MIB = 1 << 20
@@ -81,6 +82,21 @@ SHAPES = {
     },
 }
 COMMON = {"num_hidden_layers": 2, "vocab_size": 32000, "max_position_embeddings": 65536}
+
+
+@pytest.mark.parametrize("step", _CHUNKS)
+def test_short_prompts_are_counted_with_the_tokens_that_fill_up_their_step(step):
+    config = COMMON | SHAPES["llama"] | {"model_type": "llama", "torch_dtype": "bfloat16", "vocab_size": 32}
+
+    def planned(context, chunk):
+        return tp_rs.plan(config, [70.0, 70.0], devices=["cuda:0", "cuda:1"], context=context, chunk=chunk)
+
+    for context in (step // 4 + 1, step - 1, step):
+        plan = planned(context, 8192)
+        assert plan.buffer_bytes == step * 4096 * 2
+        assert [rank.items for rank in plan.ranks] == [rank.items for rank in planned(context, step).ranks]
+        # A chunk that is shorter than the step fills it up to its own size only.
+        assert planned(context, step // 2).buffer_bytes == step // 2 * 4096 * 2
 
 
 @pytest.mark.filterwarnings("ignore")
