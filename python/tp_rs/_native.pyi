@@ -23,6 +23,7 @@ __all__ = [
     "cuda_devices",
     "integer_split",
     "plan",
+    "safetensors_files",
 ]
 
 __version__: Final[str]
