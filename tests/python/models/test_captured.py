@@ -165,6 +165,26 @@ def test_warmup_records_ahead(model, inputs, monkeypatch, room):
         front.unload()
 
 
+@pytest.mark.parametrize(("context", "sizes"), [(20, [32]), (32, [32]), (60, [32, 128]), (128, [32, 128])])
+def test_warmup_records_no_more_than_is_used(model, monkeypatch, context, sizes):
+    recorded = []
+    record = Captured._record  # noqa: SLF001  where steps come from
+
+    def noted(self, key, *rest):
+        recorded.append(key)
+        return record(self, key, *rest)
+
+    monkeypatch.setattr(Captured, "_record", noted)
+    front = load(model, plan=SPLITS, check=False, capture=True, warmup=[1], context=context)
+    try:
+        assert [key.tokens for key in recorded if key.first] == sizes
+        ids = torch.randint(3, 90, (1, context - 3))
+        front.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert [key.tokens for key in recorded if key.first] == sizes
+    finally:
+        front.unload()
+
+
 @pytest.mark.parametrize("warmup", [[0], [9], ["two"], 3.5, [True]])
 def test_warmup_is_checked(model, warmup):
     with pytest.raises(InvalidInput, match="warmup"):

@@ -197,7 +197,10 @@ class Captured:
     def warm(self, batch: int) -> None:
         """Record every step that prompts without a past and decoding may need."""
         most = max(1, self.room.chunk // batch)
-        shapes = [Shape(batch, size, size, first=True) for size in _chunks(most)]
+        sizes = _chunks(most)
+        # Longer ones than what there is room for is filled up to are never used, and not planned for.
+        needed = next((size for size in sizes if size >= self.capacity(batch)), sizes[-1])
+        shapes = [Shape(batch, size, size, first=True) for size in sizes if size <= needed]
         reach = 1
         while reach <= self.capacity(batch):
             shape = self.decode_shape(batch, reach)
