@@ -290,8 +290,10 @@ proptest! {
                 let text = serde_json::to_string(&made).unwrap();
                 prop_assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), made);
             }
-            (Err(Error::InvalidArgument { argument, wanted, .. }), Some(rank)) => {
+            (Err(Error::InvalidArgument { argument, got, wanted }), Some(rank)) => {
                 prop_assert_eq!(argument, format!("speeds[{rank}]"));
+                prop_assert_eq!(got.parse::<f64>().unwrap().to_bits(), speeds[rank].to_bits());
+                prop_assert!(got.len() < 20, "{}", got);
                 prop_assert!(wanted.contains("1e-9 to 1e15"), "{}", wanted);
             }
             (made, outside) => prop_assert!(false, "{:?} with {:?}", made.map(|made| made.step_time), outside),

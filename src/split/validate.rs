@@ -14,6 +14,14 @@ const MOST_TOKENS: u64 = 1 << 31;
 /// Speeds with which the times of any model are numbers that JSON has, and differ by more than rounding.
 const SPEEDS: RangeInclusive<f64> = 1e-9..=1e15;
 
+/// A number without the hundreds of digits that very small and very large ones have.
+fn readable(number: f64) -> String {
+    if number == 0.0 || !number.is_finite() || (1e-6..1e15).contains(&number.abs()) {
+        return number.to_string();
+    }
+    format!("{number:e}")
+}
+
 /// Checks budgets and options that no model is needed for.
 pub(crate) fn check_arguments(budgets: &[RankBudget], options: &Options) -> Result<()> {
     if budgets.is_empty() {
@@ -30,14 +38,14 @@ pub(crate) fn check_arguments(budgets: &[RankBudget], options: &Options) -> Resu
         // 2^33 GiB is where bytes no longer fit the arithmetic.
         if !budget.gib.is_finite() || budget.gib < 0.0 || budget.gib >= 8_589_934_592.0 {
             let wanted = "a finite number of GiB, 0 (leave the device out) or more";
-            return Err(Error::invalid(format!("gpu_split[{index}]"), budget.gib, wanted));
+            return Err(Error::invalid(format!("gpu_split[{index}]"), readable(budget.gib), wanted));
         }
         if let Some(speed) = budget.speed
             && !SPEEDS.contains(&speed)
         {
             let wanted =
                 format!("{:e} to {:e}, in GB/s or in proportion to the others", SPEEDS.start(), SPEEDS.end());
-            return Err(Error::invalid(format!("speeds[{index}]"), speed, wanted));
+            return Err(Error::invalid(format!("speeds[{index}]"), readable(speed), wanted));
         }
     }
     if budgets.iter().all(|budget| budget.gib == 0.0) {
