@@ -164,7 +164,7 @@ class Bench:
 def show(bench: Bench, facts: dict[str, Any], launch: dict[str, float], folder: Path) -> None:
     """Write the files and print the tables."""
     document = {**facts, "launch": launch, "results": [result.as_dict() for result in bench.results]}
-    (folder / "results.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    report.save(folder, "results.json", document)
     tables = report.tables(bench.results)
     tables += [
         table

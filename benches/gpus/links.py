@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .report import Table, number
+from .report import Table, number, save
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -274,9 +273,7 @@ def main() -> None:
     found = {mib: links.measure(mib * MIB) for mib in arguments.mib}
     sys.stdout.write(f"{table(found).text()}\n")
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**facts, "mib": found}, indent=1)
-        (arguments.out / "links.json").write_text(text, encoding="utf-8")
+        save(arguments.out, "links.json", {**facts, "mib": found})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,12 @@ KIB = 1024
 MIB = 1024 * KIB
 ABOVE_WHICH_NO_DECIMALS = 100.0
 ABOVE_WHICH_NO_HUNDREDTHS = 10.0
+
+
+def save(folder: Path, name: str, document: Mapping[str, Any]) -> None:
+    """Write a JSON file, and the folder if there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
 class Result:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import json
 import math
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import catalogue as names
-from .report import Table, number, size_of
+from .report import Table, number, save, size_of
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -226,9 +225,7 @@ def main() -> None:
     for knob in arguments.knob:
         knobs += [tune(tuner, knob, peers) for peers in knob.peers if peers in arguments.peers]
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**facts, "knobs": knobs}, indent=1)
-        (arguments.out / "tuned.json").write_text(text, encoding="utf-8")
+        save(arguments.out, "tuned.json", {**facts, "knobs": knobs})
 
 
 if __name__ == "__main__":
