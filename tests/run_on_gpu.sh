@@ -5,8 +5,8 @@
 #   tests/run_on_gpu.sh [folder for logs, JSON and pictures]
 #
 # Wants the package installed (or on PYTHONPATH) beside torch and pytest. By default it takes some 20 minutes.
-#   STEPS          which of: tests models expandable async soak memcheck racecheck bench truth loading tune steps
-#                  architectures; all but the sanitizer's, loading, tune and architectures if not said
+#   STEPS          which of: tests models expandable async soak memcheck racecheck bench truth loading tune links
+#                  steps architectures; all but the sanitizer's, loading, tune, links and architectures if not said
 #   SOAK_SECONDS   length of the random test (45)
 #   BENCH_SECONDS  the measurements take no longer (150)
 #   SANITIZER=1    adds compute-sanitizer over a reduced set (memcheck, racecheck)
@@ -84,6 +84,7 @@ fi
 wants truth && LINES_SHOWN=40 step truth 600 "$python" benches/plan_truth.py --quick --full --json "$out/truth.json"
 wants loading && LINES_SHOWN=12 step loading 240 "$python" benches/load_speed.py --json "$out/loading.json"
 wants tune && LINES_SHOWN=60 step tune 300 "$python" -m benches.gpus.tune --out "$out"
+wants links && ((gpus > 1)) && LINES_SHOWN=9 step links 120 "$python" -m benches.gpus.links --out "$out"
 # For docs/architectures.md: tests/python/models/table.py --gpu takes its file.
 wants architectures && step architectures 330 "$python" tests/python/models/try_on_gpu.py \
   --out "$out/architectures.json" --seconds 270
